@@ -1,0 +1,1 @@
+"""Find out whether a recurrent model needs to be recurrent."""

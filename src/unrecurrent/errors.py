@@ -1,0 +1,13 @@
+"""The one error a user is meant to read."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says in one sentence what was wrong and what to do.
+
+    Library functions raise it (it is a `ValueError`); the command line prints the sentence and exits with code 2.
+
+    >>> raise InputError("the text file is empty: give a file with at least two characters")
+    Traceback (most recent call last):
+    ...
+    unrecurrent.errors.InputError: the text file is empty: give a file with at least two characters
+    """
