@@ -1,12 +1,16 @@
-"""What a benchmark task is: sequences to predict, how a prediction is scored, and where the data come from."""
+"""What a benchmark task is: sequences to predict, how they are scored, and where the data come from."""
 
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+from unrecurrent.errors import InputError
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -37,7 +41,7 @@ class Source:
 
 
 class Example(NamedTuple):
-    """One sequence: `inputs` `(T,)` symbols or `(T, D)` features, and `targets` whose first axis is `T` too."""
+    """One sequence: `inputs` `(T,)` symbols or `(T, D)` features, `targets` with the same first axis."""
 
     inputs: Tensor
     targets: Tensor
@@ -57,7 +61,7 @@ class Task(ABC):
     features: int | None = None
     outputs: int
     stream: bool = False
-    sources: ClassVar[tuple[Source, ...]] = ()
+    sources: tuple[Source, ...] = ()
     #: what one step is called in a sentence ("chord", "character")
     step_noun: str = "step"
 
@@ -75,11 +79,35 @@ def shifted(sequence: Tensor) -> Example:
     return Example(sequence[:-1], sequence[1:])
 
 
-def data_folder(given: Path | None = None) -> Path | None:
-    """Return the folder the user keeps data in: the one given, else `UNRECURRENT_DATA`, else `None`."""
-    import os
+def data_folder(given: Path | None = None) -> Path:
+    """Return the folder data sets live in: the one given, else `UNRECURRENT_DATA`, else `data` in the cache.
 
+    >>> data_folder(Path("mine")).name
+    'mine'
+    """
     if given is not None:
         return given
     named = os.environ.get("UNRECURRENT_DATA")
-    return Path(named) if named else None
+    return Path(named).expanduser() if named else cache_folder() / "data"
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder: `UNRECURRENT_CACHE` if set, else where the platform keeps caches."""
+    named = os.environ.get("UNRECURRENT_CACHE")
+    if named:
+        return Path(named).expanduser()
+    if os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "unrecurrent"
+
+
+def missing(task: str, path: Path) -> InputError:
+    """Return the error for a data file that is not there, which says how to get it and where to put it."""
+    return InputError(
+        f"the data of {task!r} are missing: run `unrecurrent data get {task}`, or put the file at {path}"
+        " (another folder: --data-dir or UNRECURRENT_DATA)"
+    )
