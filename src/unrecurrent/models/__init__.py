@@ -1,0 +1,112 @@
+"""The sequence models by name, and how one is built at a given size."""
+
+import difflib
+from importlib import import_module
+
+import torch
+
+from unrecurrent.errors import InputError
+from unrecurrent.models.sequence_model import (
+    Cache,
+    Interface,
+    SequenceModel,
+    Settings,
+    parameter_count,
+)
+
+__all__ = [
+    "Cache",
+    "Interface",
+    "SequenceModel",
+    "Settings",
+    "build_model",
+    "find_model_class",
+    "match_parameters",
+    "model_names",
+    "parameter_count",
+]
+
+#: name on the command line → module and class
+_WHERE = {
+    "rnn": ("recurrent", "RNN"),
+    "lstm": ("recurrent", "LSTM"),
+    "gru": ("recurrent", "GRU"),
+    "stable-rnn": ("stable", "StableRNN"),
+    "stable-lstm": ("stable", "StableLSTM"),
+    "window": ("window", "Window"),
+    "tcn": ("tcn", "TCN"),
+    "gated-conv": ("gated_conv", "GatedConv"),
+}
+
+
+def model_names() -> list[str]:
+    """Return the names of all models.
+
+    >>> "lstm" in model_names()
+    True
+    """
+    return list(_WHERE)
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> InputError:
+    """Return the error for a name nobody knows, with the nearest known one.
+
+    >>> print(unknown_name("model", "lstn", ["lstm", "tcn"]))
+    unknown model 'lstn': did you mean 'lstm'? (known: lstm, tcn)
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(known)})")
+
+
+def find_model_class(name: str) -> type[SequenceModel]:
+    """Return the class behind a model's name; an unknown name is an `InputError` that suggests the nearest."""
+    if name not in _WHERE:
+        raise unknown_name("model", name, model_names())
+    module, class_name = _WHERE[name]
+    return getattr(import_module(f"unrecurrent.models.{module}"), class_name)
+
+
+def build_model(name: str, interface: Interface, settings: Settings) -> SequenceModel:
+    """Return a freshly initialised model; a setting the model does not have is an `InputError`."""
+    model_class = find_model_class(name)
+    try:
+        return model_class(interface, **settings)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        setting = str(error).rsplit("'", 2)[-2]
+        raise InputError(f"the model {name!r} has no setting {setting!r}: remove it") from error
+
+
+def match_parameters(
+    name: str, interface: Interface, settings: Settings, parameters: int, tolerance: float = 0.05
+) -> Settings:
+    """Return the settings with the `hidden_size` whose parameter count comes nearest to `parameters`.
+
+    Raises:
+        InputError: no width comes within `tolerance` of the count; choose a larger budget or fewer layers.
+
+    >>> piano = Interface(None, 88, 88)
+    >>> size = match_parameters("lstm", piano, {}, 100_000)["hidden_size"]
+    >>> abs(parameter_count(build_model("lstm", piano, {"hidden_size": size})) / 100_000 - 1) < 0.05
+    True
+    """
+
+    def count(width: int) -> int:
+        with torch.random.fork_rng(devices=[]):
+            return parameter_count(build_model(name, interface, {**settings, "hidden_size": width}))
+
+    low, high = 1, 2
+    while count(high) < parameters:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < parameters else (low, middle)
+    width = min((low, high), key=lambda w: abs(count(w) - parameters))
+    if abs(count(width) / parameters - 1) > tolerance:
+        raise InputError(
+            f"no width of {name!r} comes within {tolerance:.0%} of {parameters:,} parameters"
+            f" (nearest {count(width):,}): choose a larger budget or fewer layers"
+        )
+    return {**settings, "hidden_size": width}

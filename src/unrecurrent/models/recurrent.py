@@ -1,0 +1,66 @@
+"""The recurrent models `rnn`, `lstm` and `gru`: torch's own layers with their fused kernels."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
+
+
+class RecurrentModel(SequenceModel):
+    """Encoder, a stack of torch recurrent layers, linear readout."""
+
+    recurrent = True
+    layer_class: ClassVar[type[nn.RNNBase]]
+
+    def __init__(
+        self,
+        interface: Interface,
+        hidden_size: int = 200,
+        layers: int = 1,
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_size: int = 64,
+    ):
+        width = encoded_size(interface, embedding_size)
+        super().__init__(interface, width, hidden_size, dropout, input_dropout)
+        self.recurrence = self.make_recurrence(width, hidden_size, layers, dropout)
+
+    def make_recurrence(self, width: int, hidden_size: int, layers: int, dropout: float) -> nn.Module:
+        between = dropout if layers > 1 else 0.0
+        return self.layer_class(width, hidden_size, layers, batch_first=True, dropout=between)
+
+    def init_cache(self, batch: int) -> Cache:
+        layer = self.recurrence
+        zero = self.readout.weight.new_zeros(layer.num_layers, batch, layer.hidden_size)
+        return (zero,)
+
+    def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        hidden, state = self.recurrence(encoded, cache[0])
+        return hidden, (state,)
+
+
+class RNN(RecurrentModel):
+    """The tanh RNN, `h_t = tanh(W h_{t-1} + U x_t + b)`."""
+
+    layer_class = nn.RNN
+
+
+class GRU(RecurrentModel):
+    """The gated recurrent unit in torch's form, with the reset gate after the product."""
+
+    layer_class = nn.GRU
+
+
+class LSTM(RecurrentModel):
+    """The long short-term memory in torch's form."""
+
+    layer_class = nn.LSTM
+
+    def init_cache(self, batch: int) -> Cache:
+        (zero,) = super().init_cache(batch)
+        return zero, zero
+
+    def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        hidden, state = self.recurrence(encoded, cache)
+        return hidden, state

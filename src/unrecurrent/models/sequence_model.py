@@ -1,0 +1,84 @@
+"""What a sequence model is: one network with two views, whole sequences at once and one step at a time."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Cache = tuple[Tensor, ...]
+
+
+class Interface(NamedTuple):
+    """What goes in and comes out: `vocabulary` symbols or `features` real numbers in, `outputs` numbers out."""
+
+    vocabulary: int | None
+    features: int | None
+    outputs: int
+
+
+class SequenceModel(nn.Module):
+    """A causal model of sequences; subclasses give the body between an input encoder and a linear readout.
+
+    `forward` maps `(B, T)` symbols or `(B, T, D)` features to `(B, T, outputs)`; `step` maps one input
+    `(B,)` or `(B, D)` and a cache to one output `(B, outputs)` and the next cache. Both are `advance`, which
+    reads any number of steps from a cache, so that they cannot disagree and a long stream can be read in pieces.
+    `receptive_field` is the number of inputs an output can depend on (`None`: all of them).
+    """
+
+    recurrent: ClassVar[bool] = False
+    receptive_field: int | None = None
+
+    def __init__(self, interface: Interface, encoded: int, hidden: int, dropout: float, input_dropout: float):
+        super().__init__()
+        self.interface = interface
+        if interface.vocabulary is not None:
+            self.embedding: nn.Embedding | None = nn.Embedding(interface.vocabulary, encoded)
+            nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        else:
+            self.embedding = None
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.output_dropout = nn.Dropout(dropout)
+        self.readout = nn.Linear(hidden, interface.outputs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.readout.weight.device
+
+    def init_cache(self, batch: int) -> Cache:
+        """Return what a model that has read nothing remembers, for `batch` sequences."""
+        raise NotImplementedError
+
+    def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Read encoded inputs `(B, T, E)` from `cache`; return hidden features `(B, T, H)` and the next cache."""
+        raise NotImplementedError
+
+    def advance(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Read `T` more inputs from `cache`; return the `T` outputs and the next cache."""
+        encoded = inputs if self.embedding is None else self.embedding(inputs)
+        hidden, cache = self.advance_body(self.input_dropout(encoded), cache)
+        return self.readout(self.output_dropout(hidden)), cache
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the outputs `(B, T, outputs)` for whole sequences `(B, T)` or `(B, T, D)`."""
+        return self.advance(inputs, self.init_cache(inputs.shape[0]))[0]
+
+    def step(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Return the output `(B, outputs)` for one more input `(B,)` or `(B, D)`, and the next cache."""
+        outputs, cache = self.advance(inputs.unsqueeze(1), cache)
+        return outputs.squeeze(1), cache
+
+    def project(self) -> None:
+        """Return to the constraint set after an optimizer step; models without a constraint do nothing."""
+
+
+def encoded_size(interface: Interface, embedding_size: int) -> int:
+    """Return the width the body reads: the embedding's for symbols, the number of features otherwise."""
+    return embedding_size if interface.vocabulary is not None else int(interface.features or 0)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+Settings = dict[str, Any]

@@ -1,0 +1,358 @@
+"""One training loop for every model and task: resumable bit for bit, logged, stopped early on validation."""
+
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unrecurrent.batches import Batch, sequence_batches, stream_batches
+from unrecurrent.checkpoint import TRAINING, load_tensors, save_model, save_tensors
+from unrecurrent.errors import InputError
+from unrecurrent.files import write_text
+from unrecurrent.models import Interface, SequenceModel, Settings, build_model, parameter_count
+from unrecurrent.tasks.task import Example, Split, Task
+
+LOG = "log.jsonl"
+#: columns a stream is folded into when it is scored; each starts from the empty cache
+SCORING_COLUMNS = 16
+SCORING_PIECE = 256
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained; every field has the same meaning for every model.
+
+    `batch_size` counts sequences (columns of a stream), `piece` the steps of a stream between two optimizer
+    steps (truncated back-propagation through time with carried state), `clip_norm` the largest gradient norm,
+    `patience` the epochs without a better validation loss after which training stops (`None`: never).
+    `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
+    each epoch that is no better).
+    """
+
+    epochs: int = 20
+    learning_rate: float = 2e-3
+    optimizer: str = "adamw"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    schedule: str = "constant"
+    batch_size: int = 16
+    piece: int = 64
+    patience: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("constant", "cosine", "plateau"))):
+            if getattr(self, name) not in known:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        for name in ("epochs", "learning_rate", "batch_size", "piece", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything a resumed run needs besides tensors."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    worse_epochs: int = 0
+    decays: int = 0
+    finished: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def task_interface(task: Task) -> Interface:
+    """Return what a model must read and write for a task."""
+    return Interface(task.vocabulary, task.features, task.outputs)
+
+
+def scored_batches(task: Task, examples: Sequence[Example], size: int = 32) -> Iterator[Batch]:
+    """Yield a split so that every step counts once."""
+    if task.stream:
+        for example in examples:
+            yield from stream_batches(example, SCORING_COLUMNS, SCORING_PIECE, whole=True)
+    else:
+        yield from sequence_batches(examples, size)
+
+
+def losses(task: Task, outputs: Tensor, batch: Batch) -> Tensor:
+    """Return the loss in nats of each step that counts, as one flat tensor."""
+    loss = task.loss(outputs, batch.targets)
+    return loss[batch.mask] if batch.mask is not None else loss.flatten()
+
+
+@torch.no_grad()
+def evaluate(model: SequenceModel, task: Task, examples: Sequence[Example]) -> float:
+    """Return the mean loss in nats a predicted step, in evaluation mode."""
+    training = model.training
+    model.eval()
+    total, steps, cache = 0.0, 0, None
+    for batch in scored_batches(task, examples):
+        batch = batch.to(model.device)
+        if batch.fresh or cache is None:
+            cache = model.init_cache(batch.inputs.shape[0])
+        outputs, cache = model.advance(batch.inputs, cache)
+        total += float(losses(task, outputs, batch).double().sum())
+        steps += batch.steps
+    model.train(training)
+    return total / steps
+
+
+class TrainingRun:
+    """A model being trained on a task; with a folder, interrupted at any moment it resumes to the same weights.
+
+    Bit for bit holds on the same machine with the same number of threads. The folder holds `config.json` and
+    `model.safetensors` (the weights with the best validation loss), `training.safetensors` (present weights,
+    optimizer, generator, carried state) and `log.jsonl`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model_name: str,
+        settings: Settings,
+        config: TrainingConfig,
+        folder: Path | None = None,
+        device: str | torch.device = "cpu",
+        checkpoint_seconds: float = 20.0,
+    ):
+        self.task, self.model_name, self.settings, self.config = task, model_name, settings, config
+        self.folder = Path(folder) if folder is not None else None
+        self.device = torch.device(device)
+        self.checkpoint_seconds = checkpoint_seconds
+        self.progress = Progress()
+        self.cache: tuple[Tensor, ...] | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What to build and how it was trained: the contents of `config.json`."""
+        return {
+            "task": self.task.name,
+            "model": self.model_name,
+            "interface": task_interface(self.task)._asdict(),
+            "settings": self.settings,
+            "training": asdict(self.config),
+        }
+
+    def run(self, report: Report | None = None) -> SequenceModel:
+        """Train to the end (or from where an earlier run stopped); return the best model, in evaluation mode."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            self._prepare()
+            while not self.progress.finished:
+                self._run_epoch(report)
+                self._end_epoch(report)
+            self.model.load_state_dict(self.best)
+            return self.model.eval()
+
+    def _prepare(self) -> None:
+        self.model = build_model(self.model_name, task_interface(self.task), self.settings).to(self.device)
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.best = _copied(self.model.state_dict())
+        self.examples: dict[Split, Sequence[Example]] = {s: self.task.load(s) for s in ("train", "valid")}
+        self.batches_per_epoch = sum(1 for _ in self._epoch_batches(0))
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / TRAINING).exists():
+                self._restore()
+            self._rewrite_log()
+        self.last_save = time.monotonic()
+
+    def _epoch_batches(self, epoch: int) -> Iterator[Batch]:
+        examples = self.examples["train"]
+        if self.task.stream:
+            for example in examples:
+                yield from stream_batches(example, self.config.batch_size, self.config.piece, whole=False)
+        else:
+            generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
+            yield from sequence_batches(examples, self.config.batch_size, generator)
+
+    def _run_epoch(self, report: Report | None) -> None:
+        progress = self.progress
+        self.model.train()
+        for index, batch in enumerate(self._epoch_batches(progress.epoch)):
+            if index < progress.batch:
+                continue
+            began = time.perf_counter()
+            loss = self._train_on(batch.to(self.device))
+            progress.batch, progress.step = index + 1, progress.step + 1
+            progress.tokens += batch.steps
+            progress.loss_sum += loss * batch.steps
+            progress.loss_steps += batch.steps
+            progress.seconds += time.perf_counter() - began
+            if report:
+                report(self._state_of_play())
+            self._save_now_and_then()
+
+    def _train_on(self, batch: Batch) -> float:
+        if batch.fresh or self.cache is None:
+            self.cache = self.model.init_cache(batch.inputs.shape[0])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs, cache = self.model.advance(batch.inputs, self.cache)
+        loss = losses(self.task, outputs, batch).mean()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise InputError(
+                f"the training loss of {self.model_name!r} became {value} at step {self.progress.step}:"
+                " lower the learning rate or clip_norm"
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.model.project()
+        self.cache = tuple(part.detach() for part in cache)
+        return value
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step, a function of the progress alone."""
+        rate = self.config.learning_rate
+        if self.config.schedule == "cosine":
+            done = self.progress.step / (self.config.epochs * self.batches_per_epoch)
+            return rate * 0.5 * (1 + math.cos(math.pi * done))
+        return rate * 0.25**self.progress.decays
+
+    def _end_epoch(self, report: Report | None) -> None:
+        progress = self.progress
+        valid = evaluate(self.model, self.task, self.examples["valid"])
+        if valid < progress.best_loss:
+            progress.best_loss, progress.best_epoch, progress.worse_epochs = valid, progress.epoch + 1, 0
+            self.best = _copied(self.model.state_dict())
+        else:
+            progress.worse_epochs += 1
+            progress.decays += self.config.schedule == "plateau"
+        record = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "train_loss": progress.loss_sum / progress.loss_steps,
+            "valid_loss": valid,
+            "learning_rate": self.learning_rate(),
+            "seconds": round(progress.seconds, 3),
+        }
+        progress.history.append(record)
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        patience = self.config.patience
+        tired = patience is not None and progress.worse_epochs >= patience
+        progress.finished = tired or progress.epoch >= self.config.epochs
+        self._log(record)
+        if progress.finished:
+            self._save()
+        if report:
+            report({**self._state_of_play(), **record})
+
+    def _state_of_play(self) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "model": self.model_name,
+            "fraction": progress.step / (self.config.epochs * self.batches_per_epoch),
+            "loss": progress.loss_sum / max(1, progress.loss_steps),
+            "tokens_per_s": progress.tokens / max(1e-9, progress.seconds),
+            "finished": progress.finished,
+        }
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self.last_save > self.checkpoint_seconds:
+            self._save()
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": t for name, t in self.best.items()}
+        tensors |= {f"cache.{i}": part for i, part in enumerate(self.cache or ())}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items() if torch.is_tensor(v)}
+        tensors["generator"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["generator_cuda"] = torch.cuda.get_rng_state(self.device)
+        save_tensors(self.folder / TRAINING, tensors, {**self.about, "progress": asdict(self.progress)})
+        save_model(self.folder, self.best, {**self.about, "parameters": parameter_count(self.model)})
+        self.last_save = time.monotonic()
+
+    def _restore(self) -> None:
+        assert self.folder is not None
+        tensors, about = load_tensors(self.folder / TRAINING)
+        progress = about.pop("progress")
+        if about != json.loads(json.dumps(self.about)):
+            raise InputError(
+                f"{self.folder} holds a run with other settings: name another folder, or delete it"
+            )
+        self.progress = Progress(**progress)
+        self.model.load_state_dict(_below("model.", tensors))
+        self.best = _below("best.", tensors)
+        cache = _below("cache.", tensors)
+        self.cache = tuple(cache[str(i)].to(self.device) for i in range(len(cache))) or None
+        self.optimizer.load_state_dict(
+            {**self.optimizer.state_dict(), "state": _optimizer_state(_below("optimizer.", tensors))}
+        )
+        torch.set_rng_state(tensors["generator"])
+        if "generator_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["generator_cuda"], self.device)
+
+    def _rewrite_log(self) -> None:
+        """Drop the lines an interrupted run logged after its last checkpoint: they are made again."""
+        assert self.folder is not None
+        write_text(self.folder / LOG, "".join(json.dumps(r) + "\n" for r in self.progress.history))
+
+    def _log(self, record: dict[str, float]) -> None:
+        if self.folder is None:
+            return
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(str(self.folder / "tensorboard")) as writer:
+                for name in ("train_loss", "valid_loss", "learning_rate"):
+                    writer.add_scalar(name, record[name], int(record["step"]))
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a configuration, in torch's fused form."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _optimizer_state(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in flat.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    return state
