@@ -24,7 +24,7 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -95,7 +95,5 @@ def load_model(folder: Path) -> tuple[SequenceModel, dict[str, Any]]:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise InputError(
-            f"the weights in {folder} do not fit its {CONFIG}: restore both from one run"
-        ) from error
+        raise InputError(f"the weights in {folder} do not fit its {CONFIG}: restore both from one run") from error
     return model.eval(), config

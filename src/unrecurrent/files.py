@@ -30,9 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(
-            f"cannot write {path} ({reason}): nothing was overwritten; mend that and run again"
-        ) from error
+        raise InputError(f"cannot write {path} ({reason}): nothing was overwritten; mend that and run again") from error
     finally:
         temporary.unlink(missing_ok=True)
 

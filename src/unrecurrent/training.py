@@ -294,9 +294,7 @@ class TrainingRun:
         tensors, about = load_tensors(self.folder / TRAINING)
         progress = about.pop("progress")
         if about != json.loads(json.dumps(self.about)):
-            raise InputError(
-                f"{self.folder} holds a run with other settings: name another folder, or delete it"
-            )
+            raise InputError(f"{self.folder} holds a run with other settings: name another folder, or delete it")
         self.progress = Progress(**progress)
         self.model.load_state_dict(_below("model.", tensors))
         self.best = _below("best.", tensors)
@@ -337,9 +335,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.opti
             weight_decay=config.weight_decay,
             fused=True,
         )
-    return torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:

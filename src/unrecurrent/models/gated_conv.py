@@ -26,8 +26,7 @@ class GatedConv(SequenceModel):
         width = encoded_size(interface, embedding_size)
         super().__init__(interface, width, hidden_size, 0.0, input_dropout)
         self.convolutions = nn.ModuleList(
-            CausalConv1d(width if i == 0 else hidden_size, 2 * hidden_size, kernel_size)
-            for i in range(layers)
+            CausalConv1d(width if i == 0 else hidden_size, 2 * hidden_size, kernel_size) for i in range(layers)
         )
         self.dropout = nn.Dropout(dropout)
         self.receptive_field = 1 + layers * (kernel_size - 1)

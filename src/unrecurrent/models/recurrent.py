@@ -11,7 +11,7 @@ class RecurrentModel(SequenceModel):
     """Encoder, a stack of torch recurrent layers, linear readout."""
 
     recurrent = True
-    layer_class: ClassVar[type[nn.RNNBase]]
+    layer_class: ClassVar[type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]]
 
     def __init__(
         self,
@@ -24,16 +24,16 @@ class RecurrentModel(SequenceModel):
     ):
         width = encoded_size(interface, embedding_size)
         super().__init__(interface, width, hidden_size, dropout, input_dropout)
-        self.recurrence = self.make_recurrence(width, hidden_size, layers, dropout)
+        self.hidden_size, self.layers = hidden_size, layers
+        self.recurrence = self.make_recurrence(width, dropout)
 
-    def make_recurrence(self, width: int, hidden_size: int, layers: int, dropout: float) -> nn.Module:
-        between = dropout if layers > 1 else 0.0
-        return self.layer_class(width, hidden_size, layers, batch_first=True, dropout=between)
+    def make_recurrence(self, width: int, dropout: float) -> nn.Module:
+        """Return the recurrent layers; dropout acts between them."""
+        between = dropout if self.layers > 1 else 0.0
+        return self.layer_class(width, self.hidden_size, self.layers, batch_first=True, dropout=between)
 
     def init_cache(self, batch: int) -> Cache:
-        layer = self.recurrence
-        zero = self.readout.weight.new_zeros(layer.num_layers, batch, layer.hidden_size)
-        return (zero,)
+        return (self.readout.weight.new_zeros(self.layers, batch, self.hidden_size),)
 
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         hidden, state = self.recurrence(encoded, cache[0])

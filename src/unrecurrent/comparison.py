@@ -1,0 +1,390 @@
+"""Compare models on a task at equal budget: table, memory curves, verdict, report."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from unrecurrent.checkpoint import load_model
+from unrecurrent.errors import InputError
+from unrecurrent.jobs import job_folder, run_jobs
+from unrecurrent.memory import MemoryProfile, truncation_curve
+from unrecurrent.models import Settings, find_model_class, match_parameters
+from unrecurrent.recipes import Recipe, default_models, default_parameters, find_recipe, twin
+from unrecurrent.records import Record, make_record
+from unrecurrent.search import draw_recipes
+from unrecurrent.speed import Speed, measure_speed
+from unrecurrent.tasks import Example, Task, get_task
+from unrecurrent.training import SCORING_COLUMNS, task_interface
+from unrecurrent.verdict import Candidate, Verdict, decide
+from unrecurrent.worker import Job
+
+#: k* is the smallest context whose loss is within this fraction of the full one
+DELTA = 0.01
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model in a comparison: its name and the settings that differ from its recipe.
+
+    >>> Contender.parse("window:k=4")
+    Contender(name='window', overrides={'k': 4})
+    >>> Contender.parse("window:k=4").label
+    'window:k=4'
+    """
+
+    name: str
+    overrides: Settings
+
+    @classmethod
+    def parse(cls, text: str) -> "Contender":
+        name, *pairs = text.split(":")
+        find_model_class(name)
+        overrides: Settings = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise InputError(f"cannot read {pair!r} in {text!r}: write a setting as NAME:KEY=VALUE")
+            try:
+                overrides[key] = json.loads(value)
+            except ValueError as error:
+                raise InputError(f"the setting {key!r} in {text!r} must be a number, not {value!r}") from error
+        return cls(name, overrides)
+
+    @property
+    def label(self) -> str:
+        return ":".join([self.name, *(f"{key}={value}" for key, value in self.overrides.items())])
+
+    @property
+    def recurrent(self) -> bool:
+        return find_model_class(self.name).recurrent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compared model with all that was measured of it."""
+
+    contender: Contender
+    recipe: Recipe
+    results: Sequence[dict[str, Any]]
+    receptive_field: int | None
+    speed: Speed
+    memory: MemoryProfile
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models compared on one task at equal budget; `.table`, `.verdict`, `.records`, `.save_report(path)`."""
+
+    task: Task
+    entries: tuple[Entry, ...]
+    verdict: Verdict
+    command: str
+    budget: Mapping[str, Any]
+
+    @property
+    def table(self) -> str:
+        """The table as text, the best of each column marked."""
+        from rich.console import Console
+
+        from unrecurrent.report import terminal_table
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as captured:
+            console.print(terminal_table(self.to_dict()))
+        return captured.get()
+
+    @property
+    def records(self) -> list[Record]:
+        """One flat record a model, with the keys of every results file."""
+        return [_record(entry, self.task, self.command) for entry in self.entries]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything the report shows, ready for JSON."""
+        metric, entries = self.task.metric, self.entries
+        rows = [
+            {
+                **record,
+                "model": entry.contender.label,
+                "receptive_field": entry.receptive_field,
+                "recurrent": entry.contender.recurrent,
+            }
+            for entry, record in zip(entries, self.records, strict=True)
+        ]
+        return {
+            "task": self.task.name,
+            "step_noun": self.task.step_noun,
+            "metric": {"name": metric.name, "direction": metric.direction, "unit": metric.unit},
+            "verdict": self.verdict.to_dict(),
+            "command": self.command,
+            "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": {"description": rows[0]["machine"] if rows else ""},
+            "commit": rows[0]["commit"] if rows else "",
+            "versions": {"unrecurrent": version("unrecurrent"), "torch": torch.__version__},
+            "rows": rows,
+            "training": {e.contender.label: [_training(r, metric.scale) for r in e.results] for e in entries},
+            "memory": {e.contender.label: e.memory.to_dict(DELTA) for e in entries},
+            "configuration": {e.contender.label: _configuration(e) for e in entries},
+            "budget": dict(self.budget),
+        }
+
+    def save_report(self, path: str | Path) -> None:
+        """Write one self-contained HTML page that opens offline."""
+        from unrecurrent import report
+
+        report.save(self.to_dict(), Path(path))
+
+
+def compare(
+    task: str | Task,
+    models: Sequence[str] | None = None,
+    *,
+    seeds: int = 2,
+    parameters: int | None = None,
+    epochs: int | None = None,
+    trials: int = 0,
+    data_dir: str | Path | None = None,
+    folder: str | Path | None = None,
+    positions: int = 2048,
+    command: str | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Train models on a task at equal budget and say whether a recurrent one is needed.
+
+    Equal budget: every model gets the width whose parameter count is within 5 % of `parameters`, the same
+    number of epochs over the same data and, with `trials`, the same drawn settings to choose from by
+    validation loss (a stable model takes over those of its unconstrained twin). Each is then trained from
+    `seeds` seeds; test metric, speeds, peak memory and the truncation curve are measured; the verdict follows
+    from them by the rules in `verdict.RULES`.
+
+    Args:
+        task: the name of a task (`unrecurrent data list`), `text:FILE`, or a `Task`'s name.
+        models: names, each optionally with settings: `["lstm", "tcn:layers=3", "window:k=4"]`.
+        seeds: independent trainings of each model.
+        parameters: trainable parameters of every model.
+        epochs: passes over the training data.
+        trials: draws of the settings to tune over; 0 takes the recorded recipe.
+        data_dir: where the data sets lie (default: the environment variable `UNRECURRENT_DATA`).
+        folder: where the trainings are kept, so that a second call resumes or reuses them.
+        positions: how many test positions the truncation curve samples.
+        command: the command to show in the report.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: an unknown task or model, missing data, or a budget no width can meet.
+
+    >>> compare("jsb", models=["lstn"])
+    Traceback (most recent call last):
+    ...
+    unrecurrent.errors.InputError: unknown model 'lstn': did you mean 'lstm'? ...
+    """
+    name = task if isinstance(task, str) else task.name
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1, not {seeds}")
+    contenders = [Contender.parse(text) for text in models or ()]
+    found = get_task(name, data_dir=Path(data_dir) if data_dir else None)
+    contenders = contenders or [Contender.parse(text) for text in default_models(found)]
+    if len({c.label for c in contenders}) < len(contenders):
+        raise InputError("a model is named twice: name each once, or give it different settings")
+    with tempfile.TemporaryDirectory() as temporary:
+        session = _Session(
+            found,
+            str(data_dir) if data_dir else None,
+            Path(folder) if folder else Path(temporary),
+            parameters or default_parameters(found),
+            epochs,
+            progress,
+        )
+        recipes = session.tuned(contenders, trials) if trials else session.recorded(contenders)
+        entries = session.measured(contenders, recipes, session.trained(contenders, recipes, seeds), positions)
+    metric = {"direction": found.metric.direction, "unit": found.metric.unit}
+    verdict = decide([_candidate(e, found.metric.scale) for e in entries], metric, found.step_noun)
+    shown = command or _python_call(name, contenders, seeds, parameters, epochs, trials)
+    return Comparison(found, tuple(entries), verdict, shown, _budget(session, recipes, entries, seeds, trials))
+
+
+class _Session:
+    """What all the jobs of one comparison share."""
+
+    def __init__(
+        self, task: Task, data_dir: str | None, root: Path, parameters: int, epochs: int | None, progress: bool
+    ):
+        self.task, self.data_dir, self.root = task, data_dir, root
+        self.parameters, self.epochs, self.progress = parameters, epochs, progress
+
+    def recorded(self, contenders: Sequence[Contender]) -> list[Recipe]:
+        return [self.fitted(c, find_recipe(self.task, c.name, self.epochs)) for c in contenders]
+
+    def fitted(self, contender: Contender, recipe: Recipe) -> Recipe:
+        """Return the recipe with the contender's own settings, at the width the budget allows."""
+        settings = {**recipe.settings, **contender.overrides}
+        if "hidden_size" in contender.overrides:
+            raise InputError("hidden_size follows from the budget: give --parameters instead")
+        interface = task_interface(self.task)
+        return replace(recipe, settings=match_parameters(contender.name, interface, settings, self.parameters))
+
+    def tuned(self, contenders: Sequence[Contender], trials: int) -> list[Recipe]:
+        """Return, for each contender, the best of the same draws; stable models take over their twin's."""
+        tuned = [Contender(twin(c.name), c.overrides) for c in contenders]
+        distinct = list({c.label: c for c in tuned}.values())
+        drawn = {
+            c.label: [
+                self.fitted(c, recipe)
+                for recipe in draw_recipes(find_recipe(self.task, c.name, self.epochs), trials, c.overrides)
+            ]
+            for c in distinct
+        }
+        jobs = [(c, r, 0) for c in distinct for r in drawn[c.label]]
+        results = iter(self._run(jobs, note="tuning "))
+        best: dict[str, Recipe] = {}
+        for c in distinct:
+            scored = [(next(results)["valid_loss"], i) for i in range(trials)]
+            best[c.label] = drawn[c.label][min(scored)[1]]
+        return [self.fitted(c, best[t.label]) for c, t in zip(contenders, tuned, strict=True)]
+
+    def trained(
+        self, contenders: Sequence[Contender], recipes: Sequence[Recipe], seeds: int
+    ) -> list[list[dict[str, Any]]]:
+        """Return the results of every contender, one a seed."""
+        pairs = list(zip(contenders, recipes, strict=True))
+        results = self._run([(c, r, seed) for c, r in pairs for seed in range(seeds)])
+        return [results[i * seeds : (i + 1) * seeds] for i in range(len(pairs))]
+
+    def _run(self, runs: Sequence[tuple[Contender, Recipe, int]], note: str = "") -> list[dict[str, Any]]:
+        jobs = [self._job(contender, recipe, seed) for contender, recipe, seed in runs]
+        labels = [f"{note}{contender.label}, seed {seed}" for contender, _, seed in runs]
+        results = run_jobs(jobs, labels, quiet=not self.progress)
+        return [{**result, "folder": job.folder} for job, result in zip(jobs, results, strict=True)]
+
+    def _job(self, contender: Contender, recipe: Recipe, seed: int) -> Job:
+        training = replace(recipe.training, seed=seed, patience=None)
+        settings = recipe.settings
+        fingerprint = json.dumps([self.task.name, contender.name, settings, asdict(training)], sort_keys=True)
+        folder = job_folder(self.root, f"{contender.label}-seed{seed}", fingerprint)
+        return Job(self.task.name, self.data_dir, contender.name, settings, training, str(folder))
+
+    def measured(
+        self,
+        contenders: Sequence[Contender],
+        recipes: Sequence[Recipe],
+        results: Sequence[Sequence[dict[str, Any]]],
+        positions: int,
+    ) -> list[Entry]:
+        """Return the contenders with speeds and truncation curves, measured on the first seed's model."""
+        labels = [c.label for c in contenders]
+        trained = [load_model(Path(r[0]["folder"]))[0] for r in results]
+        data = memory_data(self.task)
+        scale = self.task.metric.scale
+        profiles = [
+            truncation_curve(model, data, lambda o, t: scale * self.task.loss(o, t), positions=positions, delta=DELTA)
+            for model in trained
+        ]
+        speeds = measure_speed(dict(zip(labels, trained, strict=True)), self.task)
+        return [
+            Entry(c, recipe, result, model.receptive_field, speeds[c.label], profile)
+            for c, recipe, result, model, profile in zip(contenders, recipes, results, trained, profiles, strict=True)
+        ]
+
+
+def memory_data(task: Task) -> list[Example]:
+    """Return the test data for the truncation curve; a stream is cut into the columns it is scored in."""
+    examples = list(task.load("test"))
+    if not task.stream:
+        return examples
+    cut = []
+    for inputs, targets in examples:
+        size = max(1, len(inputs) // SCORING_COLUMNS)
+        columns = zip(inputs.split(size), targets.split(size), strict=True)
+        cut += [Example(x, y) for x, y in columns if len(x) == size]
+    return cut
+
+
+def _scores(entry: Entry, split: str, scale: float) -> list[float]:
+    return [result[f"{split}_loss"] * scale for result in entry.results]
+
+
+def _candidate(entry: Entry, scale: float) -> Candidate:
+    return Candidate(
+        entry.contender.label,
+        entry.contender.recurrent,
+        _scores(entry, "valid", scale),
+        _scores(entry, "test", scale),
+        entry.receptive_field,
+        entry.memory.k(DELTA),
+        entry.speed.score,
+    )
+
+
+def _record(entry: Entry, task: Task, command: str) -> Record:
+    scores = _scores(entry, "test", task.metric.scale)
+    overrides = {key: value for key, value in entry.contender.overrides.items() if key != "k"}
+    return make_record(
+        command=command,
+        task=task.name,
+        model=entry.contender.name,
+        variant=", ".join(f"{key} {value}" for key, value in overrides.items()) or None,
+        k=entry.recipe.settings.get("k"),
+        metric=task.metric.name,
+        split="test",
+        mean=mean(scores),
+        std=stdev(scores) if len(scores) > 1 else None,
+        seeds=len(scores),
+        hidden_size=entry.recipe.settings["hidden_size"],
+        params=entry.results[0]["parameters"],
+        epochs=entry.results[0]["epochs"],
+        minutes=round(mean(r["minutes"] for r in entry.results), 3),
+        train_tokens_per_s=round(entry.speed.train, 1),
+        score_tokens_per_s=round(entry.speed.score, 1),
+        generate_steps_per_s=round(entry.speed.generate, 1),
+        peak_memory_mib=round(max(r["peak_memory_mib"] for r in entry.results), 1),
+        k_star=entry.memory.k(DELTA),
+    )
+
+
+def _training(result: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    epochs = [
+        {**e, "train_loss": e["train_loss"] * scale, "valid_loss": e["valid_loss"] * scale} for e in result["history"]
+    ]
+    return {"seed": result["seed"], "epochs": epochs}
+
+
+def _configuration(entry: Entry) -> dict[str, Any]:
+    training = {k: v for k, v in asdict(entry.recipe.training).items() if k not in ("seed", "patience")}
+    return {**entry.recipe.settings, **training}
+
+
+def _budget(
+    session: _Session, recipes: Sequence[Recipe], entries: Sequence[Entry], seeds: int, trials: int
+) -> dict[str, Any]:
+    """Return the budget, after checking that every model was indeed given the same."""
+    tokens = {result["tokens"] for entry in entries for result in entry.results}
+    epochs = {recipe.training.epochs for recipe in recipes}
+    if len(tokens) != 1 or len(epochs) != 1:
+        raise RuntimeError(f"budgets differ: {tokens} training steps, {epochs} epochs")
+    return {
+        "parameters": session.parameters,
+        "epochs": epochs.pop(),
+        "training steps": tokens.pop(),
+        "seeds": seeds,
+        "tuning trials": trials,
+    }
+
+
+def _python_call(
+    task: str,
+    contenders: Sequence[Contender],
+    seeds: int,
+    parameters: int | None,
+    epochs: int | None,
+    trials: int,
+) -> str:
+    given = {"seeds": seeds, "parameters": parameters, "epochs": epochs, "trials": trials or None}
+    options = "".join(f", {key}={value}" for key, value in given.items() if value is not None)
+    return f"ur.compare({task!r}, models={[c.label for c in contenders]}{options})"

@@ -1,0 +1,103 @@
+"""Measured results as flat records with the same keys everywhere, so that tables and checks read them alike."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from unrecurrent.errors import InputError
+from unrecurrent.files import write_text
+
+Record = dict[str, Any]
+
+#: keys every record has, in this order; a key that does not apply is `None`
+KEYS = ("task", "model", "variant", "k", "metric", "split", "mean", "std", "seeds")
+#: keys a record has where they apply
+OPTIONAL_KEYS = (
+    "baseline",
+    "hidden_size",
+    "params",
+    "epochs",
+    "minutes",
+    "train_tokens_per_s",
+    "score_tokens_per_s",
+    "generate_steps_per_s",
+    "peak_memory_mib",
+    "k_star",
+    "certified_rate",
+    "certified_horizon",
+    "local_rate",
+)
+
+
+def make_record(*, command: str, **measured: Any) -> Record:
+    """Return a record with every required key, the command that made it, and where and when it was made.
+
+    >>> record = make_record(command="make demo", task="jsb", model="lstm", metric="nll", split="test",
+    ...                      mean=8.5, std=0.02, seeds=3)
+    >>> record["variant"] is None and record["command"]
+    'make demo'
+    """
+    record = {key: measured.pop(key, None) for key in KEYS}
+    return {**record, **measured, "command": command, **provenance()}
+
+
+def provenance() -> dict[str, str]:
+    """Return the commit, the machine and the date of a measurement."""
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    return {"commit": _commit(), "machine": machine(), "date": date}
+
+
+@cache
+def machine() -> str:
+    """Return the number of cores and the processor's name."""
+    names = [platform.processor() or platform.machine()]
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")] or names
+    return f"{os.cpu_count()} cores, {names[0]}"
+
+
+@cache
+def _commit() -> str:
+    """Return the commit of the checkout this package runs from, or its version where it is installed."""
+    here = Path(__file__).resolve().parent
+    found = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if found.returncode == 0:
+        return found.stdout.strip()
+    from importlib.metadata import version
+
+    return f"version {version('unrecurrent')}"
+
+
+def command_line() -> str:
+    """Return the command that started this process, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records to a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(r, ensure_ascii=False, allow_nan=False) for r in records)
+    write_text(path, f"[\n{lines}\n]\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a file of records; one that is damaged or lacks a required key is an `InputError`."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        missing = {key for record in records for key in KEYS if key not in record}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is no file of results: restore it, or make it again by its command") from error
+    if missing:
+        raise InputError(f"the results in {path} lack {', '.join(sorted(missing))}: make them again")
+    return records

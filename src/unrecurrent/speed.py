@@ -1,0 +1,82 @@
+"""How fast models train, score and generate: interleaved rounds on the same batch, medians."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+
+from unrecurrent.batches import Batch
+from unrecurrent.models import SequenceModel
+from unrecurrent.tasks.task import Task
+from unrecurrent.training import TrainingConfig, losses, make_optimizer, scored_batches
+
+ROUNDS = 7
+GENERATED_STEPS = 32
+
+
+class Speed(NamedTuple):
+    """Steps a second: training and scoring on a full batch, generation one step after another at batch 1."""
+
+    train: float
+    score: float
+    generate: float
+
+
+def measure_speed(models: Mapping[str, SequenceModel], task: Task, rounds: int = ROUNDS) -> dict[str, Speed]:
+    """Return the speed of each model on one batch of the task's validation data.
+
+    Every round times all models one after another, so that a slow moment of the machine hits all alike; the
+    median over rounds is reported and one round before is thrown away.
+    """
+    (batch,) = islice(scored_batches(task, task.load("valid")), 1)
+    timers = {name: _timers(model, task, batch) for name, model in models.items()}
+    seconds: dict[str, list[list[float]]] = {name: [[], [], []] for name in models}
+    for turn in range(rounds + 1):
+        for name, calls in timers.items():
+            for kept, call in zip(seconds[name], calls, strict=True):
+                took = _timed(call)
+                if turn > 0:
+                    kept.append(took)
+    steps = (batch.steps, batch.steps, GENERATED_STEPS)
+    return {
+        name: Speed(*(n / statistics.median(kept) for n, kept in zip(steps, kinds, strict=True)))
+        for name, kinds in seconds.items()
+    }
+
+
+def _timed(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _timers(model: SequenceModel, task: Task, batch: Batch) -> tuple[Callable[[], None], ...]:
+    """Return what is timed: one training step, one scoring pass, a few steps of generation."""
+    batch = batch.to(model.device)
+    optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-12))
+
+    def train() -> None:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        losses(task, model(batch.inputs), batch).mean().backward()
+        optimizer.step()
+        model.project()
+
+    @torch.no_grad()
+    def score() -> None:
+        model.eval()
+        losses(task, model(batch.inputs), batch)
+
+    @torch.no_grad()
+    def generate() -> None:
+        model.eval()
+        cache = model.init_cache(1)
+        for t in range(GENERATED_STEPS):
+            _, cache = model.step(batch.inputs[:1, t % batch.inputs.shape[1]], cache)
+
+    return train, score, generate

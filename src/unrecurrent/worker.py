@@ -1,0 +1,106 @@
+"""One training job in a process of its own: `python -m unrecurrent.worker JOB.json`.
+
+The process gives the job its own threads and an honest peak of memory. Progress goes to stdout, a JSON object
+a line; the result is written to `result.json` in the job's folder.
+"""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unrecurrent.errors import InputError
+from unrecurrent.files import write_text
+from unrecurrent.models import parameter_count
+from unrecurrent.tasks import get_task
+from unrecurrent.training import TrainingConfig, TrainingRun, evaluate
+
+RESULT = "result.json"
+#: seconds between two lines of progress
+REPORT_EVERY = 0.25
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to train on a task and to score on its validation and test data."""
+
+    task: str
+    data_dir: str | None
+    model: str
+    settings: dict[str, Any]
+    training: TrainingConfig
+    folder: str
+    threads: int = 1
+    device: str = "cpu"
+
+    @property
+    def result_path(self) -> Path:
+        return Path(self.folder) / RESULT
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        fields = json.loads(text)
+        return cls(**{**fields, "training": TrainingConfig(**fields["training"])})
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train (or resume) the job and return its result."""
+    torch.set_num_threads(job.threads)
+    task = get_task(job.task, data_dir=Path(job.data_dir) if job.data_dir else None)
+    run = TrainingRun(task, job.model, job.settings, job.training, Path(job.folder), job.device)
+    model = run.run(_Printer())
+    result = {
+        "model": job.model,
+        "seed": job.training.seed,
+        "parameters": parameter_count(model),
+        "valid_loss": evaluate(model, task, task.load("valid")),
+        "test_loss": evaluate(model, task, task.load("test")),
+        "epochs": run.progress.epoch,
+        "best_epoch": run.progress.best_epoch,
+        "tokens": run.progress.tokens,
+        "minutes": run.progress.seconds / 60,
+        "peak_memory_mib": peak_memory_mib(),
+        "history": run.progress.history,
+    }
+    write_text(job.result_path, json.dumps(result))
+    return result
+
+
+def peak_memory_mib() -> float:
+    """Return the largest resident memory this process has had, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class _Printer:
+    """Prints progress a few times a second."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        if state["finished"] or time.monotonic() - self.last > REPORT_EVERY:
+            self.last = time.monotonic()
+            print(json.dumps(state), flush=True)
+
+
+def main() -> int:
+    """Run the job named on the command line; an error a user should read goes to stderr, exit code 2."""
+    try:
+        run_job(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
