@@ -7,16 +7,14 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
 from unrecurrent.errors import InputError
 from unrecurrent.files import write_text
+from unrecurrent.progress import Update, progress_bars, updater
 from unrecurrent.worker import Job
 
 JOB = "job.json"
@@ -38,11 +36,9 @@ def run_jobs(jobs: Sequence[Job], labels: Sequence[str], *, quiet: bool = False)
     """
     workers = max(1, (os.cpu_count() or 1) // max(job.threads for job in jobs)) if jobs else 1
     running: set[subprocess.Popen[str]] = set()
-    with _progress(quiet) as progress, ThreadPoolExecutor(workers) as pool:
+    with progress_bars(quiet) as progress, ThreadPoolExecutor(workers) as pool:
         bars = [progress.add_task(label, total=1.0, start=False, info="waiting") for label in labels]
-        futures = [
-            pool.submit(_run, job, _updater(progress, bar), running) for job, bar in zip(jobs, bars, strict=True)
-        ]
+        futures = [pool.submit(_run, job, updater(progress, bar), running) for job, bar in zip(jobs, bars, strict=True)]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -53,7 +49,7 @@ def run_jobs(jobs: Sequence[Job], labels: Sequence[str], *, quiet: bool = False)
             raise
 
 
-def _run(job: Job, update: Callable[..., None], running: set[subprocess.Popen[str]]) -> dict[str, Any]:
+def _run(job: Job, update: Update, running: set[subprocess.Popen[str]]) -> dict[str, Any]:
     if not job.result_path.exists():
         _run_process(job, update, running)
     result = json.loads(job.result_path.read_text(encoding="utf-8"))
@@ -65,7 +61,7 @@ def _rate(result: dict[str, Any]) -> float:
     return result["tokens"] / max(1e-9, 60 * result["minutes"])
 
 
-def _run_process(job: Job, update: Callable[..., None], running: set[subprocess.Popen[str]]) -> None:
+def _run_process(job: Job, update: Update, running: set[subprocess.Popen[str]]) -> None:
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / JOB, job.to_json())
@@ -100,29 +96,3 @@ def _failure(job: Job, code: int, complaint: str) -> Exception:
     if code == 2 and complaint:
         return InputError(complaint.splitlines()[-1])
     return RuntimeError(f"the training process of {job.model!r} ended with code {code}:\n{complaint}")
-
-
-def _updater(progress: Progress, bar: TaskID) -> Callable[..., None]:
-    started = False
-
-    def update(state: dict[str, Any]) -> None:
-        nonlocal started
-        if not started:
-            progress.start_task(bar)
-            started = True
-        info = f"loss {state['loss']:.3f}  {state['tokens_per_s']:,.0f} tokens/s"
-        progress.update(bar, completed=state["fraction"], info=info)
-
-    return update
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[info]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=quiet,
-    )

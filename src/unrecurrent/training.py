@@ -258,7 +258,7 @@ class TrainingRun:
         if progress.finished:
             self._save()
         if report:
-            report({**self._state_of_play(), **record})
+            report({**self._state_of_play(), "loss": record["train_loss"]})
 
     def _state_of_play(self) -> dict[str, Any]:
         progress = self.progress

@@ -52,11 +52,11 @@ def unknown_name(kind: str, name: str, known: list[str]) -> InputError:
     """Return the error for a name nobody knows, with the nearest known one.
 
     >>> print(unknown_name("model", "lstn", ["lstm", "tcn"]))
-    unknown model 'lstn': did you mean 'lstm'? (known: lstm, tcn)
+    unknown model 'lstn': did you mean 'lstm'? Known are lstm, tcn
     """
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(known)})")
+    hint = f"did you mean {near[0]!r}? Known are" if near else "choose one of"
+    return InputError(f"unknown {kind} {name!r}: {hint} {', '.join(known)}")
 
 
 def find_model_class(name: str) -> type[SequenceModel]:

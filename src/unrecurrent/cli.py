@@ -1,0 +1,157 @@
+"""The command line, one verb each; errors are one sentence on stderr with exit code 2 (`--debug`: the traceback)."""
+
+import errno
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unrecurrent.errors import InputError
+
+app = typer.Typer(
+    name="unrecurrent",
+    help="Does this model need to be recurrent? Compare, train, certify. Add --debug to any command for a traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="The data sets: what there is, where it lies, whether it is whole.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the data sets (default: the environment variable UNRECURRENT_DATA)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    try:
+        app()
+    except InputError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except OSError as error:
+        if debug or error.errno != errno.ENOSPC:
+            raise
+        _fail("the disk is full: nothing was overwritten; free some space and run again")
+
+
+def _fail(sentence: str) -> None:
+    print(f"unrecurrent: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+@app.command(epilog="Example: unrecurrent compare chorales --models lstm,tcn --seeds 2 --report report.html")
+def compare(
+    task: Annotated[str, typer.Argument(help="A task's name (see `unrecurrent data list`) or text:FILE.")],
+    models: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas; a setting is written as window:k=4."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Independent trainings of each model.")] = 3,
+    parameters: Annotated[int | None, typer.Option(help="Trainable parameters of every model.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    trials: Annotated[int, typer.Option(help="Draws of the settings to tune over (0: the recorded ones).")] = 0,
+    runs: Annotated[Path, typer.Option(help="Where trainings are kept: run again to resume or reuse.")] = Path("runs"),
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Write the rows as a JSON list of records here.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Which model does this task need? Trains them at equal budget; table, verdict, report."""
+    from unrecurrent.comparison import compare as run_comparison
+    from unrecurrent.records import command_line, write_records
+
+    comparison = run_comparison(
+        task,
+        models.split(",") if models else None,
+        seeds=seeds,
+        parameters=parameters,
+        epochs=epochs,
+        trials=trials,
+        data_dir=data_dir,
+        folder=runs,
+        command=command_line(),
+    )
+    if records:
+        write_records(records, comparison.records)
+    if report:
+        comparison.save_report(report)
+    if as_json:
+        _print_json(comparison.to_dict())
+        return
+    _show(comparison.to_dict())
+    if report:
+        print(f"\nReport: {report}")
+
+
+def _show(comparison: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from unrecurrent.report import terminal_table
+
+    console = Console()
+    console.print(terminal_table(comparison))
+    console.print(f"\nDoes {comparison['task']} need a recurrent model?", style="bold")
+    console.print(comparison["verdict"]["text"])
+
+
+@app.command(epilog="Example: unrecurrent train jsb --model lstm --epochs 20 --out runs/jsb-lstm")
+def train(
+    task: Annotated[str, typer.Argument(help="A task's name (see `unrecurrent data list`) or text:FILE.")],
+    model: Annotated[str, typer.Option(help="The model's name.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint's folder; run again to resume.")],
+    parameters: Annotated[int | None, typer.Option(help="Trainable parameters.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences, or columns of a stream, a step.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after this many epochs without a better loss.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the dropout and the order.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, ...")] = "cpu",
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Train one model; interrupted at any moment, the same command resumes it to the same weights."""
+    from unrecurrent.comparison import Contender
+    from unrecurrent.models import match_parameters
+    from unrecurrent.progress import progress_bars, updater
+    from unrecurrent.recipes import default_parameters, find_recipe
+    from unrecurrent.tasks import get_task
+    from unrecurrent.training import TrainingRun, evaluate, task_interface
+
+    contender = Contender.parse(model)
+    found = get_task(task, data_dir=data_dir)
+    recipe = find_recipe(found, contender.name, epochs)
+    given: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "patience": patience, "seed": seed}
+    training = replace(recipe.training, **{key: value for key, value in given.items() if value is not None})
+    settings = {**recipe.settings, **contender.overrides}
+    if "hidden_size" not in settings:
+        count = parameters or default_parameters(found)
+        settings = match_parameters(contender.name, task_interface(found), settings, count)
+    run = TrainingRun(found, contender.name, settings, training, out, device)
+    with progress_bars() as bars:
+        trained = run.run(updater(bars, bars.add_task(contender.label, total=1.0, start=False, info="")))
+    metric = found.metric
+    scores = {s: metric.scale * evaluate(trained, found, found.load(s)) for s in ("valid", "test")}
+    if as_json:
+        _print_json({"checkpoint": str(out), "metric": metric.name, "unit": metric.unit, **scores})
+    else:
+        print(f"{contender.label} on {found.name}: {metric.name} {scores['test']:.4f} {metric.unit} on test,")
+        print(f"{scores['valid']:.4f} on validation (epoch {run.progress.best_epoch}). Checkpoint: {out}")
+
+
+if __name__ == "__main__":
+    main()
