@@ -1,0 +1,715 @@
+"""certify(): what can be proved about how fast a recurrent layer forgets.
+
+Everything here follows from the error propagator T of a cell (`cells.py`, derivations in `docs/certificates.md`):
+
+* rate λ: T(v) ≤ λ v for some v > 0 (Collatz and Wielandt), so that the v-weighted max norm of the difference of two
+  states shrinks by λ in every step;
+* horizon k(ε): T^j applied to the largest error there can be stays at or below ε for every j ≥ k.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from unrecurrent.cells import (
+    AnyInput,
+    BoxInput,
+    Cell,
+    DenseCell,
+    InputSet,
+    Interval,
+    LSTMCell,
+    NormPropagator,
+    PointInput,
+    Propagator,
+    RNNCell,
+    Stack,
+    StackedCell,
+    StateLayout,
+    build_cells,
+    euclidean_rnn,
+    find_recurrent,
+    is_recurrent,
+    spectral_norm,
+)
+from unrecurrent.errors import InputError
+
+METHODS = ("best", "componentwise", "spectral", "miller-hardt")
+# A rate counts as below 1 when it is by more than this: more than float64 rounding of the sums behind it.
+STABLE_MARGIN = 1e-12
+# Rate: iterate at most this often, and stop when upper and lower bound agree to this relative tolerance.
+RATE_STEPS = 1000
+RATE_TOLERANCE = 1e-7
+TINY = 1e-300
+# Horizon: iterate at most this often, this many steps at a time, then extrapolate with the rate.
+HORIZON_STEPS = 10_000
+HORIZON_BLOCK = 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rate
+
+
+def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
+    """The smallest rate found and the weights v (state_size,) that prove it: T(v) ≤ rate · v.
+
+    λ ≤ max_j T(v)_j / v_j holds for every v > 0, so every iterate is sound and the best is kept. The update is damped,
+    v ← ½ v + ½ T(v) / max T(v): without the damping a cycle of two would never improve. The smallest ratio is a bound
+    from below, so the search ends where the two meet. A rate of infinity means that nothing was found.
+
+    Source: Collatz, *Einschließungssatz für die charakteristischen Zahlen von Matrizen*, 1942; for homogeneous maps see
+    Lemmens and Nussbaum, *Nonlinear Perron-Frobenius Theory*, 2012.
+
+    >>> cell = RNNCell(torch.zeros(2, 1), torch.tensor([[0.0, 0.9], [0.4, 0.0]]))
+    >>> round(contraction_rate(cell)[0], 4)
+    0.6
+    """
+    if isinstance(propagator, Stack):
+        return _stacked_rate(propagator, [contraction_rate(layer) for layer in propagator.layers])
+    v = torch.ones(propagator.state_size, dtype=torch.float64)
+    best, best_v = math.inf, v
+    for _ in range(RATE_STEPS):
+        moved = propagator.propagate(v)
+        largest = float(moved.max())
+        if largest == 0:
+            return 0.0, v
+        if not math.isfinite(largest):
+            break
+        ratios = moved / v
+        upper, lower = float(ratios.max()), float(ratios.min())
+        if upper < best:
+            best, best_v = upper, v
+        if best - lower <= RATE_TOLERANCE * best:
+            break
+        v = (v / 2 + moved / (2 * largest)).clamp_min(TINY)
+    return best, best_v
+
+
+def _stacked_rate(stack: Stack, parts: Sequence[tuple[float, Tensor]]) -> tuple[float, Tensor]:
+    """Rate of a stack from those of its layers: T is block-triangular, so it is as good as its worst layer.
+
+    The weights of each layer are scaled up until what the layer below sends into it, T_l(0, e), is negligible beside
+    them; T_l(v, e) ≤ T_l(v, 0) + T_l(0, e) because T is a maximum of linear maps.
+    """
+    worst = max(rate for rate, _ in parts)
+    if not math.isfinite(worst):
+        return math.inf, torch.ones(stack.state_size, dtype=torch.float64)
+    negligible = 1e-6 * (abs(1 - worst) + 1e-6)
+    weights: list[Tensor] = []
+    below = None
+    for layer, (rate, v) in zip(stack.layers, parts, strict=True):
+        if below is not None:
+            sent = layer.propagate(torch.zeros_like(v), below)
+            v = v * max(1.0, float((sent / v).max()) / (worst - rate + negligible))
+        weights.append(v)
+        below = layer.hidden(layer.propagate(v, below))
+    v = torch.cat(weights)
+    return float((stack.propagate(v) / v).max()), v
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Horizon
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """What a horizon is about: the hidden state itself, `weight @ h`, or the log-softmax of that."""
+
+    weight: Tensor | None = None
+    log_softmax: bool = False
+
+    def change(self, propagator: Propagator, errors: Tensor) -> Tensor:
+        """Largest change of any output for each error vector in `errors` (n, state_size), as (n,)."""
+        hidden = propagator.hidden(errors)
+        if self.weight is None:
+            return hidden.amax(-1)
+        change = self._largest(propagator, self.weight, hidden)
+        if not self.log_softmax:
+            return change
+        # A softmax does not see what all rows of W have in common, so that may be taken away first.
+        common = (self.weight.amax(0) + self.weight.amin(0)) / 2
+        return 2 * torch.minimum(change, self._largest(propagator, self.weight - common, hidden))
+
+    @staticmethod
+    def _largest(propagator: Propagator, weight: Tensor, hidden: Tensor) -> Tensor:
+        return (hidden @ propagator.readout(weight).T).amax(-1)
+
+    @property
+    def subject(self) -> str:
+        if self.weight is None:
+            return "the last hidden state"
+        return "the log-probabilities" if self.log_softmax else "the outputs"
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """A propagator with a rate, and the weights v that prove it."""
+
+    method: str
+    propagator: Propagator
+    rate: float
+    weights: Tensor
+
+    @classmethod
+    def of(cls, method: str, propagator: Propagator) -> "Proof":
+        return cls(method, propagator, *contraction_rate(propagator))
+
+    @classmethod
+    def of_stack(cls, layers: Sequence["Proof"], stack: Stack) -> "Proof":
+        return cls(layers[0].method, stack, *_stacked_rate(stack, [(p.rate, p.weights) for p in layers]))
+
+    @property
+    def contracts(self) -> bool:
+        return self.rate < 1 - STABLE_MARGIN
+
+    def horizon(self, eps: float, readout: Readout) -> int | None:
+        """Smallest k such that T^j(e_0) changes the readout by at most `eps` for *every* j ≥ k; None without proof.
+
+        T^j need not fall monotonically. It is settled once T(e) ≤ e in all components, because then it falls for ever
+        after, or once the v-weighted norm of e is too small for the readout to exceed `eps`.
+        """
+        e = self.propagator.invariant()
+        if not (self.contracts and bool(e.isfinite().all())):
+            return None
+        smallest = 0
+        for start in range(0, HORIZON_STEPS, HORIZON_BLOCK):
+            block = torch.stack(list(self._orbit(e, HORIZON_BLOCK + 1)))
+            e = block[-1]
+            exceeding = (readout.change(self.propagator, block[:-1]) > eps).nonzero()
+            if len(exceeding):
+                smallest = start + int(exceeding[-1]) + 1
+            if smallest < start + HORIZON_BLOCK and self._settled(block[-2], e, eps, readout):
+                return smallest
+            least, most = self._remaining(e, eps, readout)
+            if least == most:
+                return start + HORIZON_BLOCK + int(most)
+        return start + HORIZON_BLOCK + int(most)
+
+    def _orbit(self, e: Tensor, count: int) -> Iterator[Tensor]:
+        for _ in range(count):
+            yield e
+            e = self.propagator.propagate(e)
+
+    def _settled(self, before: Tensor, e: Tensor, eps: float, readout: Readout) -> bool:
+        if bool((e <= before).all()):
+            return True
+        ceiling = (e / self.weights).max() * self.weights
+        return float(readout.change(self.propagator, ceiling.unsqueeze(0))) <= eps
+
+    def _remaining(self, e: Tensor, eps: float, readout: Readout) -> tuple[float, float]:
+        """Bounds on the number of steps until an error `e` is settled, from T^m(u) ≤ θ^m u wherever T(u) ≤ θ u.
+
+        u is either v, scaled to lie above e, or e itself; that also gives the bound from below, with the least ratio.
+        """
+        change = float(readout.change(self.propagator, e.unsqueeze(0)))
+        ratios = (self.propagator.propagate(e) / e)[e > 0]
+        if len(ratios) == 0:
+            return 0, 0
+        ceiling = (e / self.weights).max() * self.weights
+        most = min(
+            _steps_until(eps, float(readout.change(self.propagator, ceiling.unsqueeze(0))), self.rate),
+            _steps_until(eps, change, float(ratios.max())) if float(ratios.max()) < 1 else math.inf,
+        )
+        return _steps_until(eps, change, float(ratios.min())), most
+
+
+def _steps_until(eps: float, change: float, factor: float) -> float:
+    """Smallest m with factor^m · change ≤ eps; infinite where the change does not shrink."""
+    if change <= eps:
+        return 0
+    if factor >= 1:
+        return math.inf
+    return 1 if factor == 0 else math.ceil(math.log(eps / change) / math.log(factor))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The conditions of Miller and Hardt
+
+
+def miller_hardt(cell: Cell) -> tuple[NormPropagator, tuple[str, ...]]:
+    """The conditions of Miller and Hardt, *Stable Recurrent Models* (ICLR 2019), and the sentences on those not met.
+
+    RNN: ‖W‖₂ < 1, rate ‖W‖₂. LSTM, with ‖·‖_∞ the largest absolute row sum, b_f the sum of both biases, B_x ≥ ‖x‖_∞
+    and F = σ(‖W_f‖_∞ + B_x ‖U_f‖_∞ + ‖b_f‖_∞): ‖W_i‖_∞, ‖W_o‖_∞ < 1 − F, ‖W_z‖_∞ < (1 − F)/4, ‖W_f‖_∞ < (1 − F)²;
+    rate F + (‖W_i‖_∞ + ‖W_o‖_∞)/4 + ‖W_z‖_∞ + ‖W_f‖_∞/(4 (1 − F)), a contraction factor of max(‖Δc‖_∞, ‖Δh‖_∞).
+    """
+    if isinstance(cell, RNNCell):
+        norm = spectral_norm(cell.weight_hh)
+        spread = euclidean_rnn(cell)
+        propagator = NormPropagator(norm, spectral_norm(cell.weight_ih), spread.reach, order=2)
+        return propagator, _unmet({"‖W‖₂": (norm, 1.0)})
+    if not isinstance(cell, LSTMCell):
+        raise InputError(
+            f"the conditions of Miller and Hardt are about RNN and LSTM, not {type(cell).__name__}: use 'best'"
+        )
+    w_i, w_f, w_z, w_o = (float(w.abs().sum(1).max()) for w in cell.weight_hh.chunk(4))
+    u_i, u_f, u_z, u_o = (float(u.abs().sum(1).max()) for u in cell.weight_ih.chunk(4))
+    b_f = float(cell.drive_bias().chunk(4)[1].abs().max())
+    argument = w_f + (cell.input_bound * u_f if u_f else 0.0) + b_f
+    spare = 1 / (1 + math.exp(argument)) if argument < 700 else 0.0
+    forget = 1 - spare
+
+    def gain(i: float, f: float, z: float, o: float) -> float:
+        return (i + o) / 4 + z + (f / (4 * spare) if spare else math.inf)
+
+    propagator = NormPropagator(
+        forget + gain(w_i, w_f, w_z, w_o), gain(u_i, u_f, u_z, u_o), float(cell.invariant().max()), order=math.inf
+    )
+    limits = {
+        "‖W_i‖_∞": (w_i, spare),
+        "‖W_o‖_∞": (w_o, spare),
+        "‖W_z‖_∞": (w_z, spare / 4),
+        "‖W_f‖_∞": (w_f, spare**2),
+    }
+    return propagator, _unmet(limits)
+
+
+def _unmet(conditions: dict[str, tuple[float, float]]) -> tuple[str, ...]:
+    return tuple(
+        f"{name} is {value:.4g} but must be below {limit:.4g}"
+        for name, (value, limit) in conditions.items()
+        if not value < limit
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The certificate
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Certificate:
+    """What is proved about how fast a recurrent layer forgets; made by `certify`.
+
+    It holds for the weights as they were, in real arithmetic, under `assumptions`.
+    """
+
+    stable: bool
+    """Whether a contraction is proved."""
+    rate: float | None
+    """Best bound found on the contraction factor a step: below 1 if stable, else how far it misses; None: no bound."""
+    method: str
+    """What proved it: componentwise, spectral or miller-hardt."""
+    assumptions: tuple[str, ...]
+    """Sentences that say under which conditions it holds."""
+    reasons: tuple[str, ...] = ()
+    """Sentences that say why nothing is proved; empty for a stable layer."""
+    layers: tuple["Certificate", ...] = ()
+    """One certificate a layer of a stack, or a recurrent module of a model that holds several."""
+    name: str = ""
+    proofs: tuple[Proof, ...] = ()
+    readout: Readout = field(default_factory=Readout)
+    cell: Cell | None = None
+    layout: StateLayout | None = None
+    input_bound: float = math.inf
+
+    def horizon(self, eps: float) -> int | None:
+        """Number of past inputs after which older ones change the last hidden state by at most `eps`, or None.
+
+        Compares every reachable state with the zero state, as a truncation does; for two arbitrary pasts ask for
+        eps / 2. With a readout the change is that of its outputs. It is the smallest k such that the bound stays at or
+        below `eps` from the k-th step on. None where nothing is proved, where the state has no bound (a ReLU layer with
+        unbounded inputs), and for a model of several recurrent modules.
+        """
+        if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
+            raise InputError(f"eps must be a positive number, got {eps!r}")
+        if not self.stable:
+            return None
+        horizons = [proof.horizon(float(eps), self.readout) for proof in self.proofs]
+        return min((k for k in horizons if k is not None), default=None)
+
+    def propagate(self, e: Tensor, steps: int = 1) -> Tensor:
+        """Bound on the difference of two states `steps` steps after it was at most `e` (..., state_size).
+
+        Both states must lie within the invariant bounds and read the same inputs.
+        """
+        bounds = [_propagate(proof.propagator, self._cell(), e, steps) for proof in self.proofs]
+        return torch.stack(bounds).amin(0)
+
+    def hidden(self, e: Tensor) -> Tensor:
+        """The part of an error vector (..., state_size) that bounds the last layer's output h (..., H)."""
+        return self._cell().hidden(e)
+
+    @property
+    def invariant(self) -> Tensor:
+        """Bounds on |state|, component by component (state_size,): layer 0 first, of each layer c before h."""
+        return self._cell().invariant()
+
+    def flatten(self, hx: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """The module's own state, h or (h, c), as one vector a sequence (B, state_size); see `StateLayout.flatten`."""
+        if self.layout is None:
+            raise InputError("only the certificate of one recurrent module has a state: use those in .layers")
+        return self.layout.flatten(hx)
+
+    def holds_for(self, x: Tensor, h0: Tensor | tuple[Tensor, Tensor] | None = None, batch_first: bool = False) -> bool:
+        """Whether the assumptions hold for this input x (T, B, D) or (B, T, D) and this start state (None: zero).
+
+        What is checked of the input is the range of every unit's drive U x + b, which is all that the proof uses;
+        `batch_first` makes no difference to it.
+        """
+        cell = self._cell()
+        first = cell.cells[0] if isinstance(cell, StackedCell) else cell
+        if not isinstance(first, DenseCell):
+            raise InputError("a cell of your own states its inputs itself: holds_for knows only torch's modules")
+        within = first.allows(x) and float(x.detach().abs().max()) <= self.input_bound
+        if h0 is None or not within:
+            return within
+        box = cell.invariant_box()
+        return box.is_finite() and box.contains(self.flatten(h0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain numbers and text, ready for JSON; horizons at 10⁻² and 10⁻³."""
+        return {
+            "name": self.name,
+            "stable": self.stable,
+            "rate": self.rate,
+            "method": self.method,
+            "horizon": {str(eps): self.horizon(eps) for eps in (1e-2, 1e-3)},
+            "assumptions": list(self.assumptions),
+            "reasons": list(self.reasons),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def __repr__(self) -> str:
+        label = f" of {self.name}" if self.name else ""
+        if self.stable:
+            lines = [f"Certificate{label}: stable, rate {self.rate:.6g} ({self.method})"]
+            lines += [f"  horizon({eps:g}) = {self.horizon(eps)} on {self.readout.subject}" for eps in (1e-2, 1e-3)]
+        else:
+            lines = [f"Certificate{label}: not proved stable ({self.method})", *(f"  {r}" for r in self.reasons)]
+        lines += [f"  holds for {sentence}" for sentence in self.assumptions]
+        lines += [f"  layer {n}: {_summary(layer)}" for n, layer in enumerate(self.layers)]
+        return "\n".join(lines)
+
+    def _cell(self) -> Cell:
+        if self.cell is None:
+            raise InputError("only the certificate of one recurrent module has a state: use those in .layers")
+        return self.cell
+
+
+def _summary(certificate: Certificate) -> str:
+    rate = "no bound on the rate" if certificate.rate is None else f"rate {certificate.rate:.6g}"
+    return f"{'stable' if certificate.stable else 'not proved stable'}, {rate} ({certificate.method})"
+
+
+def _propagate(propagator: Propagator, cell: Cell, e: Tensor, steps: int) -> Tensor:
+    """T^steps(e), for errors component by component even where the propagator keeps one norm a layer."""
+    normed = isinstance(propagator, Stack) and isinstance(propagator.layers[0], NormPropagator)
+    if not normed:
+        for _ in range(steps):
+            e = propagator.propagate(e)
+        return e
+    assert isinstance(cell, StackedCell)
+    assert isinstance(propagator, Stack)
+    orders = [layer.order for layer in propagator.layers if isinstance(layer, NormPropagator)]
+    parts = zip(e.split(cell.sizes, -1), orders, strict=True)
+    norms = torch.stack([torch.linalg.vector_norm(part, order, dim=-1) for part, order in parts], -1)
+    for _ in range(steps):
+        norms = propagator.propagate(norms)
+    return norms.repeat_interleave(torch.tensor(cell.sizes), -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# certify
+
+
+def certify(
+    module: nn.Module | Cell,
+    *,
+    inputs: Tensor | PackedSequence | tuple[Tensor, ...] | None = None,
+    input_bound: float | None = None,
+    embedding: nn.Embedding | Tensor | None = None,
+    h0: Tensor | tuple[Tensor, Tensor] | None = None,
+    readout: nn.Module | None = None,
+    method: str = "best",
+) -> Certificate:
+    """Prove how fast a recurrent layer forgets: a rate, a horizon, and the assumptions they hold under.
+
+    The difference e of two states obeys e' ≤ T(e) with the error propagator T of the cell (docs/certificates.md); the
+    rate is the smallest λ found with T(v) ≤ λ v for some v > 0, and the horizon follows from iterating T.
+
+    Args:
+        module: an `nn.RNN/LSTM/GRU` (any number of layers) or one of their cells, a `StableLSTM`, any module that holds
+            them, or a `Cell`. With several recurrent modules each gets its own certificate, in `.layers`.
+        inputs: what the statement is about. Data for the layer, (T, B, D) or (B, T, D), or any number of rows (N, D):
+            it then holds for inputs whose drive U x + b stays in the range seen, unit by unit. For a model that holds
+            the layer: an argument (or a tuple of them) to run the model on, to see what reaches the layer.
+        input_bound: holds for all inputs of the layer with ‖x_t‖_∞ ≤ input_bound; bound what arrives after dropout,
+            which scales by 1/(1 − p) in training.
+        embedding: an `nn.Embedding` or a table (V, D): holds for all sequences of its rows. With none of these three
+            the statement covers all inputs.
+        h0: start states in the module's own layout; the zero state is always covered. They widen the invariant bounds
+            where they lie outside.
+        readout: an `nn.Linear` on the last layer's h, or `nn.Sequential(linear, nn.LogSoftmax(-1))`: horizons are then
+            about its outputs.
+        method: "componentwise" (T itself), "spectral" (RNN: ‖diag(L) W‖₂), "best" (the better of the two), or
+            "miller-hardt" (RNN and LSTM: the sufficient conditions of Miller and Hardt, ICLR 2019).
+
+    Raises:
+        InputError: bidirectional or projected layers, weights or inputs that are not finite, no recurrent layer, more
+            than one of inputs, input_bound and embedding, shapes that do not fit, or a method the layer does not have.
+
+    >>> rnn = nn.RNN(3, 4)
+    >>> with torch.no_grad():
+    ...     _ = rnn.weight_hh_l0.copy_(torch.eye(4) / 2)
+    >>> certificate = certify(rnn)
+    >>> certificate.stable, round(certificate.rate, 6), certificate.horizon(0.01)
+    (True, 0.5, 7)
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    if sum(given is not None for given in (inputs, input_bound, embedding)) > 1:
+        raise InputError("give only one of inputs, input_bound and embedding: each says which inputs are allowed")
+    answer = _readout(readout)
+    if isinstance(module, Cell):
+        if any(given is not None for given in (inputs, input_bound, embedding, h0)):
+            raise InputError("a Cell states its own inputs and start states: call certify(cell) without them")
+        return _certify_cell(module, method, answer, ("the inputs and start states its bounds were made for",))
+    found = find_recurrent(module)
+    if h0 is not None and len(found) > 1:
+        raise InputError(f"h0 belongs to one layer, but the module holds {len(found)}: certify them one by one")
+    if inputs is not None and not is_recurrent(module):
+        allowed = _capture(module, found, inputs)
+    else:
+        allowed = [_allowed(layer, inputs, input_bound, embedding) for _, layer in found]
+    certificates = [
+        _certify_layer(layer, name, method, answer, what, what.start if h0 is None else h0)
+        for (name, layer), what in zip(found, allowed, strict=True)
+    ]
+    return certificates[0] if len(certificates) == 1 else _joint(certificates)
+
+
+def _certify_layer(
+    layer: nn.Module, name: str, method: str, readout: Readout, allowed: "_Allowed", h0: Any
+) -> Certificate:
+    layout = StateLayout.of(layer)
+    start = None if h0 is None else _range(layout.flatten(h0))
+    cell = build_cells(layer, allowed.inputs, start, see_ties=method != "miller-hardt")
+    certificate = _certify_cell(cell, method, readout, _assumptions(layer, layout, allowed, start))
+    bound = allowed.inputs.bound() if method == "miller-hardt" else math.inf
+    return replace(certificate, name=name, layout=layout, input_bound=bound)
+
+
+def _certify_cell(cell: Cell, method: str, readout: Readout, assumptions: tuple[str, ...]) -> Certificate:
+    stack = cell if isinstance(cell, StackedCell) else StackedCell([cell])
+    if readout.weight is not None and readout.weight.shape[1] != cell.hidden_size:
+        raise InputError(
+            f"the readout reads {readout.weight.shape[1]} units, but the last layer has {cell.hidden_size}"
+        )
+    layers = [_prove(layer, method) for layer in stack.cells]
+    common = [name for name in layers[0].proofs if all(name in layer.proofs for layer in layers)]
+    proofs = []
+    for name in common:
+        parts = [layer.proofs[name] for layer in layers]
+        whole = stack if name == "componentwise" else Stack([part.propagator for part in parts])
+        proofs.append(Proof.of_stack(parts, whole))
+    unmet = [sentence for layer in layers for sentence in layer.unmet]
+    certificate = _certificate(proofs, unmet, assumptions, readout, stack)
+    if len(layers) == 1:
+        return certificate
+    parts_certified = tuple(
+        _certificate(list(layer.proofs.values()), layer.unmet, assumptions, Readout(), part)
+        for layer, part in zip(layers, stack.cells, strict=True)
+    )
+    return replace(certificate, layers=parts_certified)
+
+
+@dataclass(frozen=True, eq=False)
+class _Proved:
+    """The proofs found for one layer, by method, and the sentences on conditions it does not meet."""
+
+    proofs: dict[str, Proof]
+    unmet: tuple[str, ...] = ()
+
+
+def _prove(cell: Cell, method: str) -> _Proved:
+    if method == "miller-hardt":
+        propagator, unmet = miller_hardt(cell)
+        return _Proved({method: Proof.of(method, propagator)}, unmet)
+    proofs = {}
+    if method in ("best", "componentwise"):
+        proofs["componentwise"] = Proof.of("componentwise", cell)
+    if method == "spectral" or (method == "best" and isinstance(cell, RNNCell)):
+        if not isinstance(cell, RNNCell):
+            raise InputError(
+                f"a spectral certificate is about plain RNNs, not {type(cell).__name__}: use method='best'"
+            )
+        proofs["spectral"] = Proof.of("spectral", euclidean_rnn(cell))
+    return _Proved(proofs)
+
+
+def _certificate(
+    proofs: Sequence[Proof], unmet: Sequence[str], assumptions: tuple[str, ...], readout: Readout, cell: Cell
+) -> Certificate:
+    best = min(proofs, key=lambda proof: proof.rate)
+    stable = best.contracts and not unmet
+    return Certificate(
+        stable=stable,
+        rate=best.rate if math.isfinite(best.rate) else None,
+        method=best.method,
+        assumptions=assumptions,
+        reasons=() if stable else (*unmet, *_shortfall(best)),
+        proofs=tuple(proofs),
+        readout=readout,
+        cell=cell,
+    )
+
+
+def _shortfall(best: Proof) -> tuple[str, ...]:
+    if best.contracts:
+        return ()
+    if math.isfinite(best.rate):
+        return (f"the best bound found on the rate is {best.rate:.6g}, and a certificate needs one below 1",)
+    return (
+        "the rate has no bound, because a gate that keeps the state can come arbitrarily close to 1: "
+        "say which inputs are allowed (inputs, input_bound or embedding)",
+    )
+
+
+def _joint(certificates: Sequence[Certificate]) -> Certificate:
+    """Several recurrent modules in one model: stable if all are; how they are wired is not known, so no horizon."""
+    rates = [certificate.rate for certificate in certificates]
+    return Certificate(
+        stable=all(certificate.stable for certificate in certificates),
+        rate=None if None in rates else max(rate for rate in rates if rate is not None),
+        method=" + ".join(sorted({certificate.method for certificate in certificates})),
+        assumptions=("each of the recurrent modules by itself, as its own certificate says",),
+        reasons=tuple(f"{c.name}: {reason}" for c in certificates for reason in c.reasons),
+        layers=tuple(certificates),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the user said about inputs, start states and readout
+
+
+@dataclass(frozen=True, eq=False)
+class _Allowed:
+    """The inputs a layer may read, in a sentence too, and the start state seen with them, if any."""
+
+    inputs: InputSet
+    sentence: str
+    start: Tensor | tuple[Tensor, Tensor] | None = None
+
+
+def _allowed(layer: nn.Module, inputs: Any, input_bound: float | None, embedding: Any) -> _Allowed:
+    width = int(layer.input_size)  # type: ignore[arg-type]
+    if inputs is not None:
+        return _data(layer, inputs)
+    if input_bound is not None:
+        if not (isinstance(input_bound, (int, float)) and math.isfinite(input_bound) and input_bound >= 0):
+            raise InputError(f"input_bound must be a number of at least 0, got {input_bound!r}")
+        sentence = f"inputs with every component between {-input_bound:g} and {input_bound:g} when they reach the layer"
+        return _Allowed(BoxInput.bounded(float(input_bound), width), sentence)
+    if embedding is not None:
+        table = _table(embedding)
+        _check_points(table, width, "the embedding")
+        return _Allowed(PointInput(table), f"sequences of the {len(table):,} rows of the embedding table")
+    return _Allowed(AnyInput(), "all inputs")
+
+
+def _data(layer: nn.Module, inputs: Any) -> _Allowed:
+    if isinstance(inputs, PackedSequence):
+        inputs = inputs.data
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"inputs must be a tensor (steps, batch, features), got {type(inputs).__name__}")
+    _check_points(inputs, int(layer.input_size), "inputs")  # type: ignore[arg-type]
+    if inputs.dim() == 3:
+        batch, steps = inputs.shape[:2] if getattr(layer, "batch_first", False) else inputs.shape[1::-1]
+        amount = f"{batch:,} sequence(s) of {steps:,} step(s)"
+    else:
+        amount = f"{inputs.numel() // inputs.shape[-1]:,} input vectors"
+    sentence = f"inputs whose drive U x + b stays, unit by unit, in the range seen in the {amount} given"
+    return _Allowed(PointInput(inputs), sentence)
+
+
+def _check_points(points: Tensor, width: int, label: str) -> None:
+    if not points.is_floating_point():
+        raise InputError(f"{label} must hold floating-point vectors, got {points.dtype}: embed the tokens first")
+    if points.dim() == 0 or points.shape[-1] != width:
+        raise InputError(f"{label} has shape {tuple(points.shape)}, but the layer reads {width} features")
+    if points.numel() == 0:
+        raise InputError(f"{label} is empty: give at least one input vector")
+    if not points.isfinite().all():
+        raise InputError(f"{label} holds NaN or infinite values: remove them first")
+
+
+def _table(embedding: nn.Embedding | Tensor) -> Tensor:
+    if isinstance(embedding, Tensor):
+        return embedding
+    if not isinstance(embedding, nn.Embedding):
+        raise InputError(f"embedding must be an nn.Embedding or a table (V, D), got {type(embedding).__name__}")
+    table = embedding.weight.detach()
+    if embedding.max_norm is not None:  # rows are shortened when they are looked up
+        norms = torch.linalg.vector_norm(table, embedding.norm_type, dim=1, keepdim=True)
+        table = table * (embedding.max_norm / norms.clamp_min(TINY)).clamp_max(1)
+    return table
+
+
+def _capture(model: nn.Module, found: Sequence[tuple[str, nn.Module]], inputs: Any) -> list[_Allowed]:
+    """Run the model once in evaluation mode, and keep what reaches each recurrent layer."""
+    seen: dict[str, list[Tensor]] = {name: [] for name, _ in found}
+    starts: dict[str, Any] = {}
+
+    def watch(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        x = x.data if isinstance(x, PackedSequence) else x
+        seen[name].append(x.detach().reshape(-1, x.shape[-1]))
+        starts.setdefault(name, args[1] if len(args) > 1 else kwargs.get("hx"))
+
+    hooks = [layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in found]
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return [_captured(layer, name, seen[name], starts.get(name)) for name, layer in found]
+
+
+def _captured(layer: nn.Module, name: str, seen: list[Tensor], start: Any) -> _Allowed:
+    if not seen:
+        raise InputError(f"running the model on the inputs never reached its recurrent layer {name!r}")
+    return replace(_data(layer, torch.cat(seen)), start=start)
+
+
+def _range(states: Tensor) -> Interval:
+    if not states.isfinite().all():
+        raise InputError("h0 holds NaN or infinite values: give finite start states")
+    return Interval(states.amin(0), states.amax(0))
+
+
+def _readout(readout: nn.Module | None) -> Readout:
+    if readout is None:
+        return Readout()
+    linear, log_softmax = readout, False
+    if isinstance(readout, nn.Sequential) and len(readout) == 2 and isinstance(readout[1], nn.LogSoftmax):
+        linear, log_softmax = readout[0], True
+    if not isinstance(linear, nn.Linear):
+        raise InputError(
+            f"readout must be an nn.Linear or nn.Sequential(linear, nn.LogSoftmax(-1)), got {type(readout).__name__}"
+        )
+    if not linear.weight.isfinite().all():
+        raise InputError("the readout has NaN or infinite weights: give a module with finite weights")
+    return Readout(linear.weight.detach().to("cpu", torch.float64), log_softmax)
+
+
+def _assumptions(layer: nn.Module, layout: StateLayout, allowed: _Allowed, start: Interval | None) -> tuple[str, ...]:
+    states = "start states within the invariant bounds, the zero state among them"
+    sentences = [allowed.sentence, states if start is None else f"{states}; they were widened to hold the given h0"]
+    if getattr(layer, "dropout", 0) and layout.layers > 1:
+        sentences.append("evaluation mode, without dropout between the layers")
+    sentences.append(
+        "the present weights in real arithmetic (computed in float64, ranges widened by 1e-12); "
+        "running in float32 adds rounding of about 1e-7 / (1 - rate)"
+    )
+    return tuple(sentences)
