@@ -5,12 +5,16 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from unrecurrent.errors import InputError
+from unrecurrent.tasks.chorales import Chorales
 from unrecurrent.tasks.jsb import jsb
 from unrecurrent.tasks.task import SPLITS, Example, Metric, Source, Split, Task
 
 __all__ = ["SPLITS", "Example", "Metric", "Source", "Split", "Task", "get_task", "task_names"]
 
-_TASKS: dict[str, Callable[[Path | None], Task]] = {"jsb": jsb}
+_TASKS: dict[str, Callable[[Path | None], Task]] = {
+    "chorales": lambda data_dir: Chorales(),
+    "jsb": jsb,
+}
 
 
 def task_names() -> list[str]:

@@ -54,7 +54,7 @@ class MatFileTask(PolyphonicTask):
         self.data_dir = data_dir
 
     def load(self, split: Split) -> Sequence[Example]:
-        """Return the pieces of a split; raises `InputError` if the file is missing or holds something else."""
+        """Return the pieces of a split; raises `InputError` if it is missing or holds something else."""
         path = data_folder(self.data_dir) / self.sources[0].path
         if not path.is_file():
             raise missing(self.name, path)
@@ -102,9 +102,7 @@ def _read_mat(path: Path) -> dict[str, Any]:
 def _checked(cell: object, what: str) -> np.ndarray:
     roll = np.asarray(cell)
     if roll.ndim != 2 or roll.shape[1] != KEYS or roll.dtype.kind not in "buif":
-        raise InputError(
-            f"{what} has shape {roll.shape}: a piano roll has shape (T, {KEYS}) and holds numbers"
-        )
+        raise InputError(f"{what} has shape {roll.shape}: a piano roll has shape (T, {KEYS}) and holds numbers")
     if len(roll) < 2:
         raise InputError(f"{what} has {len(roll)} step(s): at least two are needed to predict one")
     if not np.isin(roll, (0, 1)).all():
