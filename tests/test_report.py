@@ -89,6 +89,7 @@ def test_the_question_is_the_title_and_the_verdict_comes_first():
         ("no", "No. Because 8.4 is near 8.5.", "No.", "Because 8.4 is near 8.5."),
         ("cannot tell", "Cannot tell with 2 seeds. Take more.", "Cannot tell with 2 seeds.", "Take more."),
         ("yes", "The LSTM is better. By far.", "Yes.", "The LSTM is better. By far."),
+        ("cannot tell", "Cannot tell with 2 seeds: lstm 8.4.", "Cannot tell with 2 seeds:", "lstm 8.4."),
         ("yes", "Yes.", "Yes.", ""),
         ("", "", "No verdict.", ""),
     ],
@@ -123,6 +124,7 @@ def test_columns_nobody_has_a_value_for_are_left_out():
         row["local_rate"] = None
     page = report.render(comparison)
     assert "horizon" not in page
+    assert ">proved<" not in page
     assert "local rate" not in page
     assert "k*" in page
 
@@ -253,6 +255,17 @@ def test_training_is_dashed_and_validation_solid_for_every_seed():
     assert [trace["line"]["dash"] for trace in chart["data"]] == ["dash", "solid"] * 2
     assert [trace["showlegend"] for trace in chart["data"]] == [False, True, False, False]
     assert chart["data"][1]["y"] == [epoch["valid_loss"] for epoch in comparison["training"]["tcn"][0]["epochs"]]
+
+
+def test_a_single_epoch_is_drawn_as_marks_that_tell_training_from_validation():
+    comparison = example_comparison(models=("tcn",))
+    for run in comparison["training"]["tcn"]:
+        del run["epochs"][1:]
+    page = report.render(comparison)
+    chart = next(c for c in drawings(page) if c["id"] == "chart-training")
+    assert [trace["marker"]["symbol"] for trace in chart["data"]] == ["circle-open", "circle"] * 2
+    assert all("markers" in trace["mode"] for trace in chart["data"])
+    assert "Open marks: training." in page
 
 
 def test_the_loss_axis_leaves_out_first_epochs_that_would_flatten_the_rest():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -215,13 +216,14 @@ _TERMINAL_COLUMNS = (
 
 
 def _verdict(view: View) -> str:
-    """The first sentence of the verdict in large type, the reasons below it."""
+    """The verdict up to its first full stop or colon in large type, the reasons below it."""
     verdict = view.comparison.get("verdict") or {}
     answer, text = str(verdict.get("answer") or ""), str(verdict.get("text") or "")
-    headline, separator, reasons = text.partition(". ")
+    headline, reasons = text, ""
+    if found := re.match(r"(.*?[.:])\s+(.*)", text, re.DOTALL):
+        headline, reasons = found.groups()
     if not headline.lower().startswith(answer.lower()):
-        headline, separator, reasons = answer.capitalize(), ". ", text
-    headline += "." if separator else ""
+        headline, reasons = f"{answer.capitalize()}.", text
     parts = [f'<p class="answer" id="verdict">{escape(headline or "No verdict.")}</p>']
     if reasons:
         parts.append(f'<p class="why">{escape(reasons)}</p>')
@@ -249,13 +251,10 @@ def _results_section(view: View) -> str:
         "output can depend on by construction; a recurrent model can depend on all of them. Shaded: the best "
         "value."
     )
-    proofs = (
-        f" {badge('proved')} holds for every input the certificate covers; {badge('estimate')} was "
-        "measured on this task's data and proves nothing beyond it."
-    )
-    return (
-        f'<section><h2>Results</h2>{scrollable("Results", table)}<p class="note">{escape(note)}{proofs}</p></section>'
-    )
+    kinds = f" {badge('estimate')} was measured on this task's data and proves nothing beyond it."
+    if any(column.kind == "proved" for column in columns):
+        kinds += f" {badge('proved')} holds for every input the certificate covers."
+    return f'<section><h2>Results</h2>{scrollable("Results", table)}<p class="note">{escape(note)}{kinds}</p></section>'
 
 
 def _group_headings(columns: Sequence[_Column]) -> str:

@@ -280,8 +280,10 @@ def _training_chart(view: View) -> Chart | None:
     lowest = min(value for trace in traces for value in trace["y"])
     limits = {"range": [lowest - 0.04 * (cut - lowest), cut]} if cut is not None else {}
     caption = "Solid: validation. Dashed: training. One thin line a seed."
+    if any("markers" in trace["mode"] for trace in traces):
+        caption += " Open marks: training."
     if limits:
-        caption += " The first epochs leave the chart at the top; double-click twice to see them."
+        caption += " The first epochs leave the chart at the top; double-click it to see them."
     return Chart(
         id="chart-training",
         heading="",
@@ -311,7 +313,11 @@ def _loss_trace(view: View, model: str, run: Mapping[str, Any], kind: str) -> di
             "width": 1.6 if kind == "valid" else 1.1,
             "dash": "solid" if kind == "valid" else "dash",
         },
-        "marker": {"color": view.colour(model), "symbol": view.symbol(model), "size": 6},
+        "marker": {
+            "color": view.colour(model),
+            "symbol": view.symbol(model) + ("" if kind == "valid" else "-open"),
+            "size": 7,
+        },
         "hovertemplate": f"epoch %{{x}}, {word}: %{{y:.5~g}}<extra>{name}, seed {seed}</extra>",
     }
 
