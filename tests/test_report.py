@@ -433,6 +433,24 @@ def test_long_names_fold_and_no_number_is_lost_at_80_columns():
 
 
 @pytest.mark.parametrize(
+    ("mean", "std", "text"),
+    [
+        (8.4123, 0.0213, "8.412 ± 0.021"),
+        (11.4264, 0.0047, "11.426 ± 0.005"),
+        (146.73, 2.31, "146.7 ± 2.3"),
+        (0.000234567, 0.0000012, "0.0002346 ± 0.0000012"),
+        (-1.25, 0, "-1.250 ± 0.000"),
+        (8.4, None, "8.400"),
+    ],
+)
+def test_a_score_shows_four_digits_and_its_spread(mean, std, text):
+    comparison = example_comparison(models=("lstm",))
+    comparison["rows"][0] |= {"mean": mean, "std": std}
+    assert f" {text} " in printed(comparison, 120)
+    assert cells(report.render(comparison), "lstm")[0] == text
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [(None, "–"), (0, "0"), (843, "843"), (999.7, "1.00k"), (12345, "12.3k"), (1234567, "1.23M"), (2.5e9, "2.50G")],
 )

@@ -155,7 +155,8 @@ def _score(_view: View, row: Row) -> str:
     mean, std = as_number(row.get("mean")), as_number(row.get("std"))
     if mean is None:
         return MISSING
-    decimals = decimals_of(mean)
+    # Standard deviations over seeds are often a thousandth of the mean.
+    decimals = max(decimals_of(mean), 3 if abs(mean) < 100 else 1)
     return f"{mean:,.{decimals}f}" + ("" if std is None else f" ± {std:,.{decimals}f}")
 
 
