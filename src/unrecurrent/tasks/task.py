@@ -32,12 +32,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a data set: its name below the data folder, its public home, and what it must contain."""
+    """One file of a data set: its name below the data folder, its public home, and what it must contain.
+
+    Where `member` is set, `url` is a gzipped tar archive and the file is that member of it.
+    """
 
     path: str
     url: str
     sha256: str
     licence: str
+    member: str | None = None
 
 
 class Example(NamedTuple):
