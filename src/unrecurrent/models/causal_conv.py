@@ -2,28 +2,41 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn import functional as F
 
 
 class CausalConv1d(nn.Module):
     """A dilated convolution over time whose output at `t` sees the inputs `t, t − d, …, t − (K−1) d`.
 
+    With `normed` its weight is `g v / ‖v‖` with one gain `g` an output (weight normalisation, Salimans and Kingma
+    2016, arXiv:1602.07868), kept as two ordinary parameters so that the module can be copied, pickled and exported.
     Its cache is the queue of the last `(K−1) d` inputs, zeros before the first one, which is zero padding.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, dilation: int = 1, normed: bool = True):
         super().__init__()
-        conv = nn.Conv1d(inputs, outputs, kernel_size, dilation=dilation)
-        self.conv = weight_norm(conv) if normed else conv
-        self.inputs = inputs
+        start = nn.Conv1d(inputs, outputs, kernel_size)
+        assert start.bias is not None
+        self.direction = nn.Parameter(start.weight.detach().clone())
+        self.bias = nn.Parameter(start.bias.detach().clone())
+        self.gain = nn.Parameter(self._norm().detach()) if normed else None
+        self.dilation = dilation
         self.reach = (kernel_size - 1) * dilation
 
+    def _norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True)
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel `(outputs, inputs, K)`."""
+        return self.direction if self.gain is None else self.direction * (self.gain / self._norm())
+
     def queue(self, batch: int) -> Tensor:
-        return self.conv.weight.new_zeros(batch, self.inputs, self.reach)
+        """Return the queue of one that has read nothing."""
+        return self.bias.new_zeros(batch, self.direction.shape[1], self.reach)
 
     def forward(self, x: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
         """Read `(B, inputs, T)` after `queue`; return `(B, outputs, T)` and the next queue."""
-        if self.reach == 0:
-            return self.conv(x), queue
-        seen = torch.cat([queue, x], dim=2)
-        return self.conv(seen), seen[:, :, seen.shape[2] - self.reach :]
+        seen = torch.cat([queue, x], dim=2) if self.reach else x
+        outputs = F.conv1d(seen, self.weight, self.bias, dilation=self.dilation)
+        return outputs, seen[:, :, seen.shape[2] - self.reach :]

@@ -1,0 +1,138 @@
+"""Every model: both views agree, pieces agree with the whole, and nothing outside the receptive field matters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from unrecurrent.errors import InputError
+from unrecurrent.models import Interface, build_model, match_parameters, model_names, parameter_count
+
+PIANO = Interface(None, 5, 4)
+TEXT = Interface(7, None, 7)
+SMALL = {
+    "window": {"hidden_size": 5, "k": 3},
+    "tcn": {"hidden_size": 5, "layers": 2, "kernel_size": 3},
+    "gated-conv": {"hidden_size": 5, "layers": 3, "kernel_size": 3},
+}
+
+
+def small_model(name, interface):
+    return build_model(name, interface, SMALL.get(name, {"hidden_size": 5, "layers": 2})).eval()
+
+
+def sample(interface, batch, steps):
+    if interface.vocabulary:
+        return torch.randint(interface.vocabulary, (batch, steps))
+    return torch.randn(batch, steps, interface.features)
+
+
+@pytest.mark.parametrize("interface", [PIANO, TEXT], ids=["features", "symbols"])
+@pytest.mark.parametrize("name", model_names())
+def test_step_and_pieces_agree_with_forward(name, interface):
+    model = small_model(name, interface)
+    inputs = sample(interface, 3, 63)
+    whole = model(inputs)
+    assert whole.shape == (3, 63, interface.outputs)
+    cache, outputs = model.init_cache(3), []
+    for t in range(63):
+        output, cache = model.step(inputs[:, t], cache)
+        outputs.append(output)
+    torch.testing.assert_close(torch.stack(outputs, 1), whole, rtol=1e-4, atol=1e-5)
+    cache, pieces = model.init_cache(3), []
+    for piece in inputs.split(17, dim=1):
+        output, cache = model.advance(piece, cache)
+        pieces.append(output)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_model_is_causal_and_sees_exactly_its_receptive_field(name):
+    model = small_model(name, PIANO)
+    inputs = torch.randn(1, 40, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(inputs)[0, 30].square().sum(), inputs)
+    touched = gradient[0].abs().sum(1).nonzero().flatten()
+    assert touched.max() == 30
+    if model.receptive_field is not None:
+        assert touched.min() > 30 - model.receptive_field
+    if not model.recurrent:
+        assert touched.min() == 31 - model.receptive_field
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_gradients_agree_between_pieces_and_whole(name):
+    inputs = torch.randn(2, 13, 5)
+    gradients = []
+    for split in (13, 4):
+        torch.manual_seed(1)
+        model = small_model(name, PIANO)
+        cache, outputs = model.init_cache(2), []
+        for piece in inputs.split(split, dim=1):
+            output, cache = model.advance(piece, cache)
+            outputs.append(output)
+        torch.cat(outputs, 1).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for parameter, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][parameter], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_model_survives_deepcopy_and_pickle(name):
+    model = small_model(name, PIANO)
+    inputs = torch.randn(2, 6, 5)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(inputs), model(inputs))
+        twin.project()
+        assert torch.equal(model(inputs), model(inputs))
+
+
+def test_projecting_a_copy_leaves_the_original_alone():
+    model = small_model("stable-rnn", PIANO)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.recurrence.weight_hh_l0.mul_(100)
+    before = model.recurrence.weight_hh_l0.clone()
+    twin.project()
+    assert torch.equal(model.recurrence.weight_hh_l0, before)
+    assert torch.linalg.matrix_norm(twin.recurrence.weight_hh_l0, 2) < 1
+
+
+@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("target", [20_000, 300_000])
+def test_width_meets_the_parameter_budget(name, target):
+    settings = {**SMALL.get(name, {}), "hidden_size": 1}
+    fitted = match_parameters(name, Interface(None, 88, 88), settings, target)
+    count = parameter_count(build_model(name, Interface(None, 88, 88), fitted))
+    assert abs(count / target - 1) < 0.05
+
+
+def test_budget_no_width_can_meet_is_refused():
+    with pytest.raises(InputError, match="no width of 'lstm' comes within 5%"):
+        match_parameters("lstm", Interface(None, 88, 88), {}, 700)
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'gated-conv'"):
+        build_model("gated-con", PIANO, {})
+    with pytest.raises(InputError, match="has no setting 'width'"):
+        build_model("lstm", PIANO, {"width": 3})
+
+
+def test_stable_lstm_keeps_the_papers_conditions_in_training():
+    model = build_model("stable-lstm", TEXT, {"hidden_size": 6})
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randint(7, (4, 9))).square().sum().backward()
+        optimizer.step()
+        model.project()
+    layer = model.recurrence
+    w_i, w_f, w_z, w_o = layer.weight_hh_l0.abs().sum(1).view(4, -1).amax(1)
+    assert w_i <= 0.36
+    assert w_o <= 0.36
+    assert w_z <= 0.09
+    assert w_f <= 0.128
+    assert layer.weight_ih_l0.view(4, 6, -1)[1].abs().sum(1).max() <= 0.25
+    assert (layer.bias_ih_l0 + layer.bias_hh_l0).view(4, 6)[1].abs().max() <= 0.25
+    assert model.embedding.weight.abs().max() <= 0.75

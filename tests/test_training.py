@@ -1,0 +1,198 @@
+"""The training loop: it learns, it resumes bit for bit after SIGKILL, and damage gives one clear sentence."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from unrecurrent import files
+from unrecurrent.batches import length_groups, stream_batches
+from unrecurrent.checkpoint import load_model, load_tensors, save_tensors
+from unrecurrent.errors import InputError
+from unrecurrent.training import TrainingConfig, TrainingRun, evaluate
+
+QUICK = TrainingConfig(epochs=3, learning_rate=1e-2, batch_size=3, piece=20)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])
+def test_training_lowers_the_loss(tiny_music, optimizer, schedule):
+    config = replace(QUICK, epochs=12, optimizer=optimizer, schedule=schedule, learning_rate={"adamw": 0.03, "sgd": 0.5}[optimizer])
+    run = TrainingRun(tiny_music, "lstm", {"hidden_size": 16}, config)
+    model = run.run()
+    history = run.progress.history
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+    assert evaluate(model, tiny_music, tiny_music.load("valid")) == pytest.approx(run.progress.best_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gru", "tcn"])
+def test_streams_are_learnt_with_carried_state(tiny_stream, name):
+    config = replace(QUICK, epochs=15, learning_rate=0.03)
+    run = TrainingRun(tiny_stream, name, {"hidden_size": 16, "embedding_size": 8}, config)
+    run.run()
+    assert run.progress.best_loss < 0.1
+
+
+def test_early_stopping_keeps_the_best_weights(tiny_music):
+    config = replace(QUICK, epochs=50, learning_rate=0.5, patience=2, clip_norm=100.0)
+    run = TrainingRun(tiny_music, "window", {"hidden_size": 8, "k": 1}, config)
+    model = run.run()
+    valid = [record["valid_loss"] for record in run.progress.history]
+    assert len(valid) < 50
+    assert evaluate(model, tiny_music, tiny_music.load("valid")) == pytest.approx(min(valid), rel=1e-6)
+
+
+def test_every_step_of_a_split_counts_once(tiny_stream):
+    (example,) = tiny_stream.load("test")
+    batches = list(stream_batches(example, 4, 10, whole=True))
+    assert sum(batch.steps for batch in batches) == len(example.inputs)
+    seen = torch.cat([b.targets[b.mask] if b.mask is not None else b.targets.flatten() for b in batches])
+    assert torch.equal(seen.bincount(), example.targets.bincount())
+
+
+def test_groups_hold_every_sequence_once_and_differ_between_epochs():
+    lengths = [5, 9, 5, 5, 7, 9, 5, 7]
+    one = length_groups(lengths, 3, torch.Generator().manual_seed(1))
+    two = length_groups(lengths, 3, torch.Generator().manual_seed(2))
+    assert sorted(sum(one, [])) == list(range(8))
+    assert one != two
+
+
+JOB = """
+import sys, time
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[2])
+from conftest import TinyMusic, TinyStream
+from unrecurrent.training import TrainingConfig, TrainingRun
+torch.set_num_threads(1)
+task = TinyMusic() if sys.argv[3] == "music" else TinyStream()
+config = TrainingConfig(epochs=6, learning_rate=1e-2, batch_size=3, piece=20, schedule="cosine")
+settings = {"hidden_size": 12, "dropout": 0.3}
+run = TrainingRun(task, sys.argv[4], settings, config, Path(sys.argv[1]), checkpoint_seconds=0.0)
+run.run(lambda state: (print(state["fraction"], flush=True), time.sleep(0.01)))
+"""
+
+
+@pytest.mark.parametrize(("kind", "model"), [("music", "stable-lstm"), ("stream", "gru"), ("stream", "tcn")])
+def test_killed_training_resumes_to_the_same_weights(tmp_path, kind, model):
+    here = str(Path(__file__).parent)
+    interrupted, straight = tmp_path / "interrupted", tmp_path / "straight"
+    command = [sys.executable, "-c", JOB, str(interrupted), here, kind, model]
+    for kill_at in (0.15, 0.55):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if float(line) > kill_at:
+                    os.kill(process.pid, signal.SIGKILL)
+                    break
+        assert process.returncode == -signal.SIGKILL
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command[3] = str(straight)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for name in ("model.safetensors", "training.safetensors"):
+        resumed, _ = load_tensors(interrupted / name)
+        once, _ = load_tensors(straight / name)
+        assert resumed.keys() == once.keys()
+        assert all(torch.equal(resumed[key], once[key]) for key in once)
+    logs = [
+        [(r["epoch"], r["train_loss"], r["valid_loss"]) for r in map(json.loads, (f / "log.jsonl").read_text().splitlines())]
+        for f in (interrupted, straight)
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 6
+
+
+def finished_run(task, folder):
+    run = TrainingRun(task, "rnn", {"hidden_size": 4}, QUICK, folder)
+    return run.run()
+
+
+def test_checkpoint_loads_as_trained(tmp_path, tiny_music):
+    model = finished_run(tiny_music, tmp_path)
+    loaded, config = load_model(tmp_path)
+    assert config["task"] == "tiny-music"
+    assert config["training"]["epochs"] == 3
+    inputs = torch.rand(1, 5, 5)
+    assert torch.equal(loaded(inputs), model(inputs))
+
+
+def test_finished_run_is_not_trained_again(tmp_path, tiny_music):
+    finished_run(tiny_music, tmp_path)
+    run = TrainingRun(tiny_music, "rnn", {"hidden_size": 4}, QUICK, tmp_path)
+    run.run(lambda _: pytest.fail("a finished run trained on"))
+    assert run.progress.epoch == 3
+
+
+def test_folder_of_another_run_is_refused(tmp_path, tiny_music):
+    finished_run(tiny_music, tmp_path)
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        TrainingRun(tiny_music, "rnn", {"hidden_size": 5}, QUICK, tmp_path).run()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "garbage"])
+def test_damaged_checkpoint_is_one_sentence(tmp_path, tiny_music, damage):
+    finished_run(tiny_music, tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 255
+    changed = {"flip": data, "truncate": data[: len(data) // 2], "empty": b"", "garbage": b"x" * 100}[damage]
+    path.write_bytes(changed)
+    with pytest.raises(InputError, match="is damaged"):
+        load_model(tmp_path)
+
+
+def test_missing_checkpoint_and_broken_config_are_one_sentence(tmp_path, tiny_music):
+    with pytest.raises(InputError, match="is no checkpoint"):
+        load_model(tmp_path)
+    finished_run(tiny_music, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        load_model(tmp_path)
+
+
+def test_full_disk_overwrites_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_tensors(path, {"a": torch.ones(3)}, {})
+    before = path.read_bytes()
+
+    def no_space(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "_flush_to_disk", no_space)
+    with pytest.raises(InputError, match=r"No space left on device.*nothing was overwritten"):
+        save_tensors(path, {"a": torch.zeros(3)}, {})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_diverging_training_says_so(tiny_music):
+    class Broken(type(tiny_music)):
+        def loss(self, outputs, targets):
+            return super().loss(outputs, targets) * float("nan")
+
+    with pytest.raises(InputError, match="became nan at step 0: lower the learning rate"):
+        TrainingRun(Broken(), "rnn", {"hidden_size": 4}, QUICK).run()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("optimizer", "lion"), ("schedule", "linear"), ("epochs", 0), ("learning_rate", -1.0)]
+)
+def test_bad_settings_are_refused(field, value):
+    with pytest.raises(InputError, match=field):
+        TrainingConfig(**{field: value})
+
+
+def test_training_leaves_the_callers_generator_alone(tiny_music):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    finished_run(tiny_music, None)
+    assert torch.equal(torch.rand(1), expected)
+
