@@ -1,0 +1,271 @@
+"""How many sequences at once are advanced by some steps, and what a step costs on this machine.
+
+`ModuleEngine` calls the user's own module and is differentiable. `LoopEngine` runs the same equations for `nn.RNN`
+and `nn.GRU` on the processor with fewer, larger products; it is faster than the module there and has no gradient.
+Both take and return the states of `torch.nn`: a tuple of parts, each `(layers, rows, H)`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unrecurrent.errors import InputError
+
+State = tuple[Tensor, ...]
+
+# Below this many multiply-adds the call overhead of oneDNN's product exceeds what it saves.
+_ONEDNN_PAYS = 2_000_000
+_CALIBRATION_ROWS = ((1, 16), (2, 128))  # (at least so many chunks, at least so many rows)
+_CALIBRATION_STEPS = 8
+
+
+class Engine(Protocol):
+    """Advances `rows` independent sequences: x is `(steps, rows, ...)`, y is `(steps, rows, H)`."""
+
+    def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]: ...
+
+    def zero_state(self, rows: int) -> State: ...
+
+
+class ModuleEngine:
+    """The user's own module, called on a batch of chunks; the plain engine, with gradients, on any device.
+
+    `x` is `(T, B, ...)` whatever the module's own layout is; `h0` is the module's own kind of state, or None.
+    Raises `InputError` when the module does not return `(y, state)` with states of shape `(layers, batch, ...)`.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor, h0: Any = None) -> None:
+        self.module = module
+        self.batch_first = bool(getattr(module, "batch_first", False))
+        self.joined = isinstance(module, nn.RNN | nn.GRU)
+        self._template: State = _layer_states(module) if isinstance(module, nn.RNNBase) else self._probe(x[:1], h0)
+
+    def _probe(self, x: Tensor, h0: Any) -> State:
+        first = x.transpose(0, 1) if self.batch_first else x
+        with torch.no_grad():
+            answer = self.module(first, h0)
+        if not (isinstance(answer, tuple) and len(answer) == 2):
+            raise InputError("the module must return (y, state), as nn.LSTM does: wrap it so that it does")
+        y, state = answer
+        self.joined = isinstance(state, Tensor)
+        template = parts_of(state)
+        if any(part.dim() < 2 or part.shape[1] != x.shape[1] for part in template):
+            raise InputError("the module's state must have shape (layers, batch, ...): wrap it so that it has")
+        if h0 is None:
+            with torch.no_grad():
+                again, _ = self.module(first, self.pack(tuple(torch.zeros_like(part) for part in template)))
+            if not torch.equal(again, y):
+                raise InputError("the module does not start from zeros by itself: pass its start state as h0")
+        return template
+
+    def pack(self, state: State) -> Any:
+        return state[0] if self.joined else state
+
+    def zero_state(self, rows: int) -> State:
+        return tuple(part.new_zeros(part.shape[0], rows, *part.shape[2:]) for part in self._template)
+
+    def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        if not self.batch_first:
+            y, new = self.module(x, self.pack(state))
+            return y, parts_of(new)
+        y, new = self.module(x.transpose(0, 1), self.pack(state))
+        return y.transpose(0, 1), parts_of(new)
+
+
+class LoopEngine:
+    """`nn.RNN` and `nn.GRU` on the processor: one input product for a block of steps, then one product a step.
+
+    The equations are those of `torch.nn` (for the GRU with the reset gate after the product). Where oneDNN's packed
+    product is available it is used for large layers: on AMD processors it is about twice as fast as `torch.mm`.
+    """
+
+    def __init__(self, module: nn.RNNBase) -> None:
+        self.hidden_size = module.hidden_size
+        self.is_gru = module.mode == "GRU"
+        self.activation = _relu if module.mode == "RNN_RELU" else torch.tanh
+        self.layers = [_layer_weights(module, index, self.is_gru) for index in range(module.num_layers)]
+
+    def zero_state(self, rows: int) -> State:
+        weight = self.layers[0].recurrent.weight
+        return (weight.new_zeros(len(self.layers), rows, self.hidden_size),)
+
+    def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        run = self._gru if self.is_gru else self._rnn
+        last = []
+        for layer, h in zip(self.layers, state[0], strict=True):
+            x = run(layer, x, h)
+            last.append(x[-1])
+        return x, (torch.stack(last),)
+
+    def _rnn(self, layer: "_Layer", x: Tensor, h: Tensor) -> Tensor:
+        y = layer.drive(x)
+        for step in range(len(y)):
+            h = self.activation(layer.recurrent.added_to(y[step], h), out=y[step])
+        return y
+
+    def _gru(self, layer: "_Layer", x: Tensor, h: Tensor) -> Tensor:
+        drive, size = layer.drive(x), self.hidden_size
+        y = drive.new_empty(*drive.shape[:2], size)
+        for step, (gates_drive, new_drive) in enumerate(zip(*drive.split((2 * size, size), dim=-1), strict=True)):
+            pre = layer.recurrent(h)
+            gates = pre[:, : 2 * size].add_(gates_drive).sigmoid_()
+            new = torch.addcmul(new_drive, gates[:, :size], pre[:, 2 * size :]).tanh_()
+            h = torch.lerp(new, h, gates[:, size:], out=y[step])
+        return y
+
+
+def _relu(pre: Tensor, out: Tensor) -> Tensor:
+    return torch.clamp_min(pre, 0.0, out=out)
+
+
+class _Product:
+    """x ↦ x Wᵀ + b for a fixed W, through oneDNN's packed product where that is available and pays."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.packed = _pack_weight(weight)
+
+    def _pays(self, rows: int) -> bool:
+        return self.packed is not None and rows * self.weight.numel() > _ONEDNN_PAYS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._pays(x.numel() // x.shape[-1]):
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def added_to(self, drive: Tensor, h: Tensor) -> Tensor:
+        if self._pays(len(h)):
+            return torch.ops.mkldnn._linear_pointwise.binary(h, drive, self.packed, None, "add")
+        return torch.addmm(drive, h, self.weight.t())
+
+
+@dataclass(frozen=True)
+class _Layer:
+    drive: _Product
+    recurrent: _Product
+
+
+def _layer_weights(module: nn.RNNBase, index: int, is_gru: bool) -> _Layer:
+    def weight(name: str) -> Tensor:
+        return getattr(module, f"{name}_l{index}").detach()
+
+    if not module.bias:
+        return _Layer(_Product(weight("weight_ih"), None), _Product(weight("weight_hh"), None))
+    if is_gru:
+        return _Layer(
+            _Product(weight("weight_ih"), weight("bias_ih")), _Product(weight("weight_hh"), weight("bias_hh"))
+        )
+    both = weight("bias_ih") + weight("bias_hh")
+    return _Layer(_Product(weight("weight_ih"), both), _Product(weight("weight_hh"), None))
+
+
+def _pack_weight(weight: Tensor) -> Tensor | None:
+    if not _onednn_available() or weight.dtype != torch.float32 or weight.numel() < 4096:
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def _onednn_available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engine:
+    """The fastest engine that gives what is asked: the module itself wherever gradients or another device are."""
+    module = plain.module
+    loops = type(module) in (nn.RNN, nn.GRU) and not module.bidirectional
+    on_processor = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    if loops and on_processor and not differentiable:
+        return LoopEngine(module)  # type: ignore[arg-type]
+    return plain
+
+
+def parts_of(state: Any) -> State:
+    """The state as a tuple of its parts: (h,) for an RNN or GRU, (h, c) for an LSTM."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def _layer_states(module: nn.RNNBase) -> State:
+    layers, like = module.num_layers * (1 + module.bidirectional), module.weight_hh_l0
+    hidden = like.new_empty(layers, 1, module.proj_size or module.hidden_size)
+    return (hidden, like.new_empty(layers, 1, module.hidden_size)) if module.mode == "LSTM" else (hidden,)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds a step takes: `sequential` for the user's own batch, `fixed + per_row * rows` for a batch of chunks."""
+
+    sequential: float
+    fixed: float
+    per_row: float
+
+    def batched(self, rows: int) -> float:
+        return self.fixed + self.per_row * rows
+
+
+_costs: dict[tuple[object, ...], StepCost] = {}
+_sequential: dict[tuple[object, ...], float] = {}
+
+
+def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
+    """Measure (once a process for each kind of module, batch, type, device and number of threads) what a step costs."""
+    key = (type(engine), *_kind(plain, x))
+    if key not in _costs:
+        few, many = (x.shape[1] * max(least, -(-rows // x.shape[1])) for least, rows in _CALIBRATION_ROWS)
+        with torch.no_grad():
+            at_few, at_many = (_batched_step(engine, x, rows) for rows in (few, many))
+        per_row = max((at_many - at_few) / (many - few), 1e-3 * at_many / many)
+        _costs[key] = StepCost(sequential_step(plain, x), max(at_few - per_row * few, 0.05 * at_few), per_row)
+    return _costs[key]
+
+
+def sequential_step(plain: ModuleEngine, x: Tensor) -> float:
+    """Seconds a step of the user's own run takes, measured once a process for each kind of module and input.
+
+    From the difference of two lengths, so that the cost of the call itself is not multiplied by T.
+    """
+    key = _kind(plain, x)
+    if key not in _sequential:
+        with torch.no_grad():
+            _sequential[key] = _sequential_step(plain, x)
+    return _sequential[key]
+
+
+def _kind(plain: ModuleEngine, x: Tensor) -> tuple[object, ...]:
+    return repr(plain.module), tuple(x.shape[1:]), x.dtype, x.device, torch.get_num_threads()
+
+
+def _batched_step(engine: Engine, x: Tensor, rows: int) -> float:
+    sample = x[:_CALIBRATION_STEPS]
+    block = sample.repeat([1, rows // x.shape[1]] + [1] * (x.dim() - 2))
+    return _shortest(lambda: engine.advance(block, engine.zero_state(rows)), x.device) / len(block)
+
+
+def _sequential_step(plain: ModuleEngine, x: Tensor) -> float:
+    def seconds(steps: int) -> float:
+        return _shortest(lambda: plain.advance(x[:steps], plain.zero_state(x.shape[1])), x.device)
+
+    short, long = min(8, len(x)), min(72, len(x))
+    together = seconds(long)
+    if long == short:
+        return together / long
+    return max((together - seconds(short)) / (long - short), 0.5 * together / long)
+
+
+def _shortest(run: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(3):
+        _wait(device)
+        begun = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

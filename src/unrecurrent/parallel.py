@@ -1,0 +1,903 @@
+"""Run a recurrent layer in parallel over time, and check that the answer is the sequential one.
+
+The sequence is cut into chunks that run as one batch. Each chunk first reads `warmup` inputs from before its start, from
+the zero state; the first chunk starts from the true h0. The state a chunk starts its kept part from must agree with the
+end state of the chunk before it (`mismatch`), and what a wrong start state does to the outputs (`gain`) is measured or
+proved. Where the check fails and cannot be mended cheaply, the user's own module runs step by step. See docs/parallel.md.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from unrecurrent.certificate import Certificate
+from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, choose_engine, parts_of, sequential_step, step_cost
+from unrecurrent.errors import InputError
+
+Verify = Literal["pilot", "outputs"]
+
+_BLOCK = 32  # steps between two looks at the states; bounds the working memory
+_PILOT_BLOCK = 8
+_PILOT_ROWS = 16
+_GAIN_CHUNKS = 8
+_SHORTEST = 1024  # below this many steps a pilot costs more than the chunks can save
+_ATTEMPT_SHARE = 0.45  # a failed attempt may cost this share of the sequential run
+_PILOT_SHARE = 0.15
+_MOST_ROWS = 4096
+_SPAN_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a parallel run showed about its own answer; `bound` is proved, everything else is measured.
+
+    `max_mismatch`: largest distance, over the boundaries, between a chunk's start state and the end state of the chunk
+    before it (max norm over all parts of the state). `gain`: largest change of a kept output or end state per change of
+    the start state, over the chunks run a second time from perturbed states. `error_estimate`: largest mismatch × gain.
+    `bound`: proved bound on the change of every output (real arithmetic), when a certificate held. `sequential_depth`:
+    steps that had to wait for one another, pilot and checks included. `fallback`: why the module ran step by step.
+    """
+
+    mode: Literal["parallel", "sequential"]
+    steps: int
+    tol: float
+    verify: Verify
+    chunks: int = 1
+    warmup: int = 0
+    sweeps: int = 0
+    sequential_depth: int = 0
+    max_mismatch: float = 0.0
+    gain: float | None = None
+    gain_chunks: int = 0
+    error_estimate: float = 0.0
+    bound: float | None = None
+    forgetting_rate: float | None = None
+    estimated_speedup: float = 1.0
+    fallback: str | None = None
+    seconds_before_fallback: float = 0.0
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.mode == "sequential":
+            return f"sequential: {self.fallback}"
+        proved = "" if self.bound is None else f", every output within {self.bound:.1e} (proved)"
+        gain = "" if self.gain is None else f", gain {self.gain:.2g} on {self.gain_chunks} chunks (measured)"
+        return (
+            f"parallel: {self.chunks} chunks after {self.warmup} steps of warm-up, mismatch {self.max_mismatch:.1e}"
+            f"{gain}{proved}, sweeps {self.sweeps}, depth {self.sequential_depth} of {self.steps} steps, "
+            f"about {self.estimated_speedup:.1f} times faster"
+        )
+
+
+class _GiveUp(Exception):
+    """The parallel run cannot keep its promise, or not cheaply; the message says why."""
+
+
+@dataclass
+class _Ledger:
+    """What an attempt has cost so far, by the cost model; leaves the parallel road before it becomes dear."""
+
+    cost: StepCost | None
+    limit: float
+    spent: float = 0.0
+    depth: int = 0
+
+    def charge(self, steps: int, rows: int) -> None:
+        self.depth += steps
+        if self.cost is None:
+            return
+        self.spent += steps * self.cost.batched(rows)
+        if self.spent > self.limit:
+            raise _GiveUp("the parallel run would cost more than it can save")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the chunks lie. All have `length` steps but the first, which has `length - offset`.
+
+    At local step j chunk c reads input c * length - warmup + j - offset; before input 0 it is not active.
+    """
+
+    steps: int
+    chunks: int
+    length: int
+    warmup: int
+
+    @classmethod
+    def cut(cls, steps: int, chunks: int, warmup: int) -> "_Plan":
+        length = -(-steps // max(1, chunks))
+        return cls(steps, -(-steps // length), length, min(warmup, steps - length))
+
+    @property
+    def offset(self) -> int:
+        return self.chunks * self.length - self.steps
+
+    def first_row(self, step: int) -> int:
+        return max(0, -(-(self.offset + self.warmup - step) // self.length))
+
+    def position(self, row: int, step: int) -> int:
+        return row * self.length - self.warmup + step - self.offset
+
+    def segments(self, block: int) -> Iterator[tuple[int, int, int]]:
+        """(first active row, from, to): pieces in which the rows stay the same, cut where the kept part begins."""
+        step, end = 0, self.warmup + self.length
+        while step < end:
+            row = self.first_row(step)
+            stops = [end, step + block]
+            if row > 0:  # the step at which the row before joins, at input 0
+                stops.append(self.offset + self.warmup - (row - 1) * self.length)
+            if step < self.warmup:
+                stops.append(self.warmup)
+            yield row, step, min(stops)
+            step = min(stops)
+
+
+class _Attempt:
+    """One parallel run of one layer stack over one span; x is (T, B, ...), states are tuples of (layers, B, ...)."""
+
+    def __init__(self, engine: Engine, x: Tensor, h0: State, plan: _Plan, ledger: _Ledger) -> None:
+        self.engine, self.x, self.h0, self.plan, self.ledger = engine, x, h0, plan, ledger
+        self.batch = x.shape[1]
+        self.block = plan.warmup + plan.length if torch.is_grad_enabled() else _BLOCK
+        self.y: Tensor | None = None
+        self.starts: State = ()
+        self.ends: State = ()
+
+    def _inputs(self, row: int, begin: int, end: int) -> Tensor:
+        """The inputs of chunks row, row + 1, … at local steps begin … end - 1, as (rows, steps, B, ...), no copy."""
+        x, plan = self.x, self.plan
+        time_stride, *rest = x.stride()
+        size = (plan.chunks - row, end - begin, *x.shape[1:])
+        start = x.storage_offset() + plan.position(row, begin) * time_stride
+        return x.as_strided(size, (plan.length * time_stride, time_stride, *rest), start)
+
+    def _advance(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+        """Advance chunks (rows, steps, B, ...) and return their outputs as (rows, steps, B, H)."""
+        rows, steps = inputs.shape[:2]
+        self.ledger.charge(steps, rows * self.batch)
+        flat = inputs.transpose(0, 1).reshape(steps, rows * self.batch, *inputs.shape[3:])
+        y, state = self.engine.advance(flat, state)
+        return y.unflatten(1, (rows, self.batch)).transpose(0, 1), state
+
+    def _keep(self, rows: slice | Tensor, begin: int, y: Tensor) -> None:
+        plan = self.plan
+        if self.y is None:
+            self.y = y.new_empty(plan.chunks * plan.length, *y.shape[2:])
+        table = self.y.unflatten(0, (plan.chunks, plan.length))
+        table[rows, begin - plan.warmup : begin - plan.warmup + y.shape[1]] = y
+
+    def outputs(self) -> Tensor:
+        assert self.y is not None
+        return self.y[self.plan.offset :]
+
+    def final_state(self) -> State:
+        return tuple(part[:, -1] for part in self.ends)
+
+    def _split(self, state: State) -> State:
+        return tuple(part.unflatten(1, (-1, self.batch)) for part in state)
+
+    def _join(self, state: State | None, row: int, step: int) -> State:
+        """The state of the rows from `row` on: new rows start from zeros, or from h0 where they stand at input 0."""
+        plan = self.plan
+        if state is None:
+            state = self.engine.zero_state((plan.chunks - row) * self.batch)
+            if plan.position(row, step) > 0:
+                return state
+            state = tuple(part[:, self.batch :] for part in state)
+        if state[0].shape[1] == (plan.chunks - row) * self.batch:
+            return state
+        return tuple(torch.cat([first.to(part), part], dim=1) for first, part in zip(self.h0, state, strict=True))
+
+    def run(self) -> None:
+        """Warm up every chunk, then keep its outputs, its start state and its end state."""
+        state: State | None = None
+        for row, begin, end in self.plan.segments(self.block):
+            state = self._join(state, row, begin)
+            if begin == self.plan.warmup:
+                kept = (self.plan.chunks - 1) * self.batch
+                self.starts = self._split(tuple(part[:, part.shape[1] - kept :] for part in state))
+            y, state = self._advance(self._inputs(row, begin, end), state)
+            if begin >= self.plan.warmup:
+                self._keep(slice(row, None), begin, y)
+        assert state is not None
+        self.ends = self._split(state)
+
+    def mismatch(self) -> Tensor:
+        """For chunks 1, 2, …: distance between its start state and the end state of the chunk before it."""
+        parts = [_distance(start, end[:, :-1]) for start, end in zip(self.starts, self.ends, strict=True)]
+        return torch.stack(parts).amax(0)
+
+    def sweep(self, chunks: Tensor) -> None:
+        """Run the given chunks (of 1, 2, …) again, each from the end state of the chunk before it."""
+        begin_state = tuple(part[:, chunks - 1] for part in self.ends)
+        state: State = tuple(part.flatten(1, 2) for part in begin_state)
+        for begin, end in self._kept_blocks():
+            y, state = self._advance(self._inputs(1, begin, end)[chunks - 1], state)
+            self._keep(chunks, begin, y)
+        self.starts = _replace(self.starts, chunks - 1, begin_state)
+        self.ends = _replace(self.ends, chunks, self._split(state))
+
+    def gain(self, chunks: Tensor, tol: float) -> Tensor:
+        """Largest change of a kept output or end state per change of start state, for each of the given chunks.
+
+        Each chunk runs beside a copy of itself from a perturbed state, until the two states are equal bit for bit (then
+        all that follows is) or the chunk ends.
+        """
+        base = tuple(part[:, chunks - 1] for part in self.starts)
+        other = _perturbed(base, tol)
+        size = torch.stack([_distance(a, b) for a, b in zip(base, other, strict=True)]).amax(0)
+        state: State = tuple(torch.cat([a, b], dim=1).flatten(1, 2) for a, b in zip(base, other, strict=True))
+        worst = torch.zeros_like(size)
+        for begin, end in self._kept_blocks():
+            inputs = self._inputs(1, begin, end)[chunks - 1]
+            y, state = self._advance(torch.cat([inputs, inputs]), state)
+            worst = torch.maximum(worst, (y[: len(chunks)] - y[len(chunks) :]).abs().flatten(1).amax(1).to(worst))
+            apart = _halves_apart(self._split(state))
+            if not apart.any():
+                return worst / size
+        return torch.maximum(worst, apart.to(worst)) / size
+
+    def _kept_blocks(self) -> Iterator[tuple[int, int]]:
+        end = self.plan.warmup + self.plan.length
+        for begin in range(self.plan.warmup, end, self.block):
+            yield begin, min(end, begin + self.block)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Max-norm distance for each chunk of states (layers, chunks, B, ...)."""
+    return (a - b).abs().transpose(0, 1).flatten(1).amax(1)
+
+
+def _halves_apart(state: State) -> Tensor:
+    half = state[0].shape[1] // 2
+    return torch.stack([_distance(part[:, :half], part[:, half:]) for part in state]).amax(0)
+
+
+def _perturbed(state: State, tol: float) -> State:
+    """The state moved by ± max(tol, 1000 eps), relative to its size: far above rounding, within the linear range."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(part: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, part.shape, generator=generator).to(part) * 2 - 1
+        return part + signs * max(tol, 1000 * torch.finfo(part.dtype).eps) * max(1.0, part.abs().max().item())
+
+    return tuple(move(part) for part in state)
+
+
+def _replace(parts: State, index: Tensor, new: State) -> State:
+    return tuple(part.index_copy(1, index, fresh.to(part)) for part, fresh in zip(parts, new, strict=True))
+
+
+class _Options(NamedTuple):
+    tol: float
+    chunks: int | Literal["auto"]
+    warmup: int | Literal["auto"]
+    verify: Verify
+    certificate: Certificate | None
+
+    @classmethod
+    def checked(cls, tol: float, chunks: Any, warmup: Any, verify: Any, certificate: Any) -> "_Options":
+        for name, value, least in (("chunks", chunks, 1), ("warmup", warmup, 0)):
+            if value != "auto" and not (isinstance(value, int) and value >= least):
+                raise InputError(f'{name} is {value!r}: give a whole number from {least} on, or "auto"')
+        if verify not in ("pilot", "outputs"):
+            raise InputError(f'verify is {verify!r}: choose "pilot" or "outputs"')
+        return cls(float(tol), chunks, warmup, verify, certificate)
+
+
+class _Result(NamedTuple):
+    y: Tensor
+    state: State
+    evidence: Evidence
+    end_error: Tensor | None  # proved bound on the error of the end state, by component
+
+
+def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry: "_Carry | None" = None) -> _Result:
+    """One checked parallel run of x (T, B, ...) from h0; raises `_GiveUp` where the module must run step by step."""
+    begun = time.perf_counter()
+    engine = choose_engine(plain, x, _needs_gradient(plain.module, x, h0))
+    with torch.no_grad():
+        plan, ledger, rate = _decide(engine, plain, x, options)
+    attempt = _Attempt(engine, x, h0, plan, ledger)
+    attempt.run()
+    check = _Check(attempt, options, carry or _Carry())
+    check.run()
+    evidence = Evidence(
+        mode="parallel",
+        steps=len(x),
+        tol=options.tol,
+        verify=options.verify,
+        chunks=plan.chunks,
+        warmup=plan.warmup,
+        sweeps=check.sweeps,
+        sequential_depth=ledger.depth,
+        max_mismatch=check.mismatch.max().item(),
+        gain=check.gain,
+        gain_chunks=check.gain_chunks,
+        error_estimate=check.error,
+        bound=check.bound,
+        forgetting_rate=rate,
+        note=check.note,
+    )
+    seconds = time.perf_counter() - begun
+    evidence = replace(evidence, estimated_speedup=sequential_step(plain, x) * len(x) / seconds)
+    return _Result(attempt.outputs(), attempt.final_state(), evidence, check.end_error)
+
+
+def _needs_gradient(module: nn.Module, x: Tensor, h0: State) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(t.requires_grad for t in (*h0, *module.parameters()))
+
+
+def _decide(
+    engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options
+) -> tuple[_Plan, _Ledger, float | None]:
+    """Choose warm-up and chunks: what was given, else from the cost model and what the model forgets in a pilot."""
+    steps, batch = len(x), x.shape[1]
+    if options.chunks != "auto" and (options.chunks == 1 or steps < 2):
+        raise _GiveUp("one chunk is the sequential run")
+    ledger = _Ledger(None, float("inf"))
+    if options.chunks == "auto":
+        if steps < _SHORTEST:
+            raise _GiveUp(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
+        cost = step_cost(engine, plain, x)
+        ledger = _Ledger(cost, _ATTEMPT_SHARE * cost.sequential * steps)
+    rate = None
+    warmup = options.warmup
+    if warmup == "auto":
+        warmup, rate = _forgetting(engine, x, options, ledger)
+    chunks = options.chunks
+    if chunks == "auto":
+        assert ledger.cost is not None
+        chunks = _cheapest_chunks(steps, batch, warmup, ledger.cost)
+    plan = _Plan.cut(steps, chunks, warmup)
+    if plan.chunks < 2:
+        raise _GiveUp("one chunk is the sequential run")
+    if ledger.spent + _predicted(plan, batch, ledger.cost) > ledger.limit:
+        raise _GiveUp(f"chunks after {plan.warmup} steps of warm-up would save too little")
+    return plan, ledger, rate
+
+
+def _cheapest_chunks(steps: int, batch: int, warmup: int, cost: StepCost) -> int:
+    """Minimise (warmup + T/C)(fixed + per_row C B) over C: C² = T fixed / (warmup per_row B)."""
+    best = (steps * cost.fixed / (max(1, warmup) * cost.per_row * batch)) ** 0.5
+    most = min(steps // 2, max(2, _MOST_ROWS // batch))
+    return max(2, min(most, round(best)))
+
+
+def _predicted(plan: _Plan, batch: int, cost: StepCost | None) -> float:
+    return 0.0 if cost is None else (plan.warmup + plan.length) * cost.batched(plan.chunks * batch)
+
+
+def _forgetting(engine: Engine, x: Tensor, options: _Options, ledger: _Ledger) -> tuple[int, float]:
+    """How many steps a few windows of x need to forget a zero start state to a quarter of tol, and the rate a step."""
+    pilot = _Pilot(engine, x, ledger)
+    longest = pilot.longest(options)
+    first = apart = pilot.apart()
+    lag, target = 0, options.tol / 4
+    while not apart <= target:
+        before = apart
+        if lag + _PILOT_BLOCK > longest:
+            raise _GiveUp(f"the module still remembers its start state after {lag} steps (by {apart:.1e})")
+        pilot.advance_pair()
+        apart, lag = pilot.apart(), lag + _PILOT_BLOCK
+        if not np.isfinite(apart):
+            raise _GiveUp("the states do not stay finite")
+    if lag == 0:
+        return 0, 0.0
+    rate = (max(apart, 1e-30) / first) ** (1 / lag)
+    rounding = torch.finfo(pilot.dtype).eps * pilot.size() / max(1 - rate, 1e-12)
+    if rounding > options.tol:
+        raise _GiveUp(f"rounding alone would reach {rounding:.1e}, more than tol: use float64 or a larger tol")
+    inside = np.log(before / target) / np.log(before / max(apart, 1e-30))
+    exact = lag - _PILOT_BLOCK * (1 - inside)
+    return int(1.25 * exact) + 3, rate
+
+
+class _Pilot:
+    """A few windows of x, each from a state the module reached and, beside it, from the zero state."""
+
+    def __init__(self, engine: Engine, x: Tensor, ledger: _Ledger) -> None:
+        self.engine, self.x, self.ledger, self.batch = engine, x, ledger, x.shape[1]
+        windows = max(2, -(-_PILOT_ROWS // self.batch))
+        self.history = min(64, max(_PILOT_BLOCK, len(x) // 64))
+        self.at = torch.linspace(0, len(x) - 1 - self.history, 2 * windows + 1, device=x.device)[1::2].long()
+        state = engine.zero_state(windows * self.batch)
+        for _ in range(-(-self.history // _PILOT_BLOCK)):
+            state = self._advance(state, copies=1)
+        self.dtype = state[0].dtype
+        zeros = engine.zero_state(windows * self.batch)
+        self.state: State = tuple(torch.cat([part, zero], dim=1) for part, zero in zip(state, zeros, strict=True))
+
+    def _advance(self, state: State, copies: int) -> State:
+        index = self.at + torch.arange(_PILOT_BLOCK, device=self.x.device)[:, None]
+        block = self.x[index].flatten(1, 2)
+        self.at = self.at + _PILOT_BLOCK
+        self.ledger.charge(_PILOT_BLOCK, block.shape[1] * copies)
+        return self.engine.advance(torch.cat([block] * copies, dim=1), state)[1]
+
+    def advance_pair(self) -> None:
+        self.state = self._advance(self.state, copies=2)
+
+    def apart(self) -> float:
+        half = self.state[0].shape[1] // 2
+        return max((part[:, :half] - part[:, half:]).abs().max().item() for part in self.state)
+
+    def size(self) -> float:
+        return max(1.0, *(part.abs().max().item() for part in self.state))
+
+    def longest(self, options: _Options) -> int:
+        """Lags to try: those that fit behind every window and, where the cost is known, a share of the sequential run."""
+        room = len(self.x) - 1 - int(self.at.max())
+        cost = self.ledger.cost
+        if cost is None:
+            return room
+        rows = self.state[0].shape[1]
+        return min(room, int(_PILOT_SHARE * cost.sequential * len(self.x) / cost.batched(rows)))
+
+
+class _Carry(NamedTuple):
+    """How far off the start state of a span may be: measured, and (with a certificate) proved by component."""
+
+    mismatch: float = 0.0
+    error: Tensor | None = None
+
+
+class _Check:
+    """Mismatch, then gain or certificate, then sweeps until mismatch × gain is within the tolerance."""
+
+    def __init__(self, attempt: _Attempt, options: _Options, carry: _Carry) -> None:
+        self.attempt, self.options, self.carry = attempt, options, carry
+        self.sweeps = 0
+        self.gain: float | None = None
+        self.gain_chunks = 0
+        self.bound: float | None = None
+        self.end_error: Tensor | None = None
+        self.note: str | None = None
+        self.mismatch = attempt.mismatch().detach()
+        self.error = float("nan")
+
+    def run(self) -> None:
+        self._agree(1.0)
+        certificate = self._certificate()
+        if certificate is not None:
+            self._prove(certificate)
+            if self.bound is not None and self.bound <= self.options.tol:
+                self.error = self.mismatch.max().item()
+                return
+            self.note = "the proved bound exceeds tol: the gain was measured as well"
+        factor = self._measure_gain().clamp(min=1.0)
+        self._agree(factor)
+        self.error = max((self.mismatch * factor).max().item(), self.carry.mismatch * factor.max().item())
+        if self.error > self.options.tol:
+            raise _GiveUp(f"the start state of this span is uncertain by {self.carry.mismatch:.1e}")
+        if certificate is not None:
+            self._prove(certificate)
+
+    def _agree(self, factor: Tensor | float) -> None:
+        """Sweep the chunks whose mismatch × factor exceeds the tolerance until there are none."""
+        failing = self._failing(factor)
+        while len(failing):
+            self.attempt.sweep(failing)
+            self.sweeps += 1
+            self.mismatch = self.attempt.mismatch().detach()
+            left = self._failing(factor)
+            if len(left) > max(len(failing) // 2, min(len(failing) - 1, len(self.mismatch) // 8)):
+                raise _GiveUp(f"{len(left)} of {len(self.mismatch) + 1} chunks do not come to agree")
+            failing = left
+
+    def _failing(self, factor: Tensor | float) -> Tensor:
+        return torch.nonzero(~(self.mismatch * factor <= self.options.tol)).flatten() + 1
+
+    def _measure_gain(self) -> Tensor:
+        chunks = torch.arange(1, self.attempt.plan.chunks, device=self.mismatch.device)
+        if self.options.verify == "pilot":
+            count = min(len(chunks), _GAIN_CHUNKS)
+            chunks = chunks[torch.linspace(0, len(chunks) - 1, count, device=chunks.device).round().long()]
+        with torch.no_grad():
+            gain = self.attempt.gain(chunks, self.options.tol)
+        self.gain, self.gain_chunks = gain.max().item(), len(chunks)
+        rounding = self.gain * torch.finfo(self.mismatch.dtype).eps
+        if not rounding <= self.options.tol:
+            raise _GiveUp(f"differences grow {self.gain:.1e} times inside a chunk, so that rounding exceeds tol")
+        return gain if self.options.verify == "outputs" else gain.max()
+
+    def _certificate(self) -> Certificate | None:
+        """The certificate, where its assumptions hold for these inputs and this start state."""
+        certificate = self.options.certificate
+        if certificate is None:
+            return None
+        if certificate.stable and certificate.holds_for(self.attempt.x.detach(), self._packed(self.attempt.h0)):
+            return certificate
+        self.note = "the certificate does not hold for these inputs and this start state: measured instead"
+        return None
+
+    def _prove(self, certificate: Certificate) -> None:
+        error = self._boundary_error(certificate)
+        self.bound, self.end_error = _propagated(certificate, error, self.attempt.plan)
+
+    def _packed(self, state: State) -> Any:
+        return state[0] if len(state) == 1 else state
+
+    def _boundary_error(self, certificate: Certificate) -> Tensor:
+        starts = tuple(part.detach().flatten(1, 2) for part in self.attempt.starts)
+        ends = tuple(part[:, :-1].detach().flatten(1, 2) for part in self.attempt.ends)
+        apart = certificate.flatten(self._packed(starts)) - certificate.flatten(self._packed(ends))
+        error = apart.double().abs().amax(0).cpu()
+        return error if self.carry.error is None else torch.maximum(error, self.carry.error)
+
+
+def _propagated(certificate: Certificate, error: Tensor, plan: _Plan) -> tuple[float, Tensor]:
+    """Bound on every output and on the end state, from the error propagator T and the errors at the boundaries.
+
+    With v the largest error at a boundary, component by component, and T^n(v) ≤ θ v over a chunk, every start state is
+    within v / (1 - θ), since e_c = T^L(e_{c-1}) + mismatch_c, and the output n steps on within T^n(v) / (1 - θ). T is
+    monotone and homogeneous, so once T^J(v) ≤ θ' v the later steps repeat the first J, shrunk, and need no computing.
+    """
+    if not error.any():
+        return 0.0, error
+    v = error.clamp(min=1e-3 * error.max().item())
+    e, worst_hidden, growth = v, 0.0, 1.0
+    for _ in range(plan.length - plan.offset):
+        e = certificate.propagate(e)
+        worst_hidden = max(worst_hidden, certificate.hidden(e).max().item())
+        shrink, growth = (e / v).max().item(), max(growth, (e / v).max().item())
+        if shrink * growth <= 0.5:
+            break
+    theta = shrink * growth
+    if theta >= 1:
+        return float("inf"), torch.full_like(v, float("inf"))
+    return worst_hidden / (1 - theta), v * (theta / (1 - theta))
+
+
+class _Call(NamedTuple):
+    """What the user called with, and the same as (T, B, ...) with a tuple of states."""
+
+    module: nn.Module
+    original_x: Any
+    original_h0: Any
+    x: Any
+    h0: State
+    plain: ModuleEngine
+    batch_first: bool
+    unbatched: bool
+
+    @classmethod
+    def checked(cls, module: nn.Module, x: Any, h0: Any, options: _Options) -> "_Call":
+        _check_module(module)
+        unbatched = len(x.shape) == 2 and hasattr(module, "input_size")
+        batch_first = bool(getattr(module, "batch_first", False)) and not unbatched
+        _check_input(module, x, unbatched)
+        straight = x[:, None] if unbatched else x.swapaxes(0, 1) if batch_first else x
+        if h0 is not None and unbatched:
+            h0 = tuple(part[:, None] for part in h0) if isinstance(h0, tuple) else h0[:, None]
+        plain = ModuleEngine(module, _tensor(straight[:1]), h0)
+        template = plain.zero_state(straight.shape[1])
+        state = template if h0 is None else parts_of(h0)
+        _check_state(state, template)
+        floor = 16 * torch.finfo(template[0].dtype).eps
+        if not options.tol >= floor:
+            raise InputError(f"tol={options.tol:g} is below 16 eps ({floor:.1e}): use a larger tol or float64")
+        return cls(module, x, h0, straight, state, plain, batch_first, unbatched)
+
+    def original_layout(self, y: Tensor) -> Tensor:
+        return y.squeeze(1) if self.unbatched else y.transpose(0, 1) if self.batch_first else y
+
+    def original_state(self, state: State) -> Any:
+        return self.plain.pack(tuple(part.squeeze(1) for part in state) if self.unbatched else state)
+
+
+def _check_module(module: nn.Module) -> None:
+    if module.training and getattr(module, "dropout", 0):
+        raise InputError("dropout between the layers makes every run different: call module.eval() first")
+    if getattr(module, "bidirectional", False) and not isinstance(module, nn.RNNBase):
+        raise InputError("only nn.RNN, nn.LSTM and nn.GRU can be bidirectional here: run the two directions by themselves")
+
+
+def _check_input(module: nn.Module, x: Any, unbatched: bool) -> None:
+    shape = tuple(x.shape)
+    if len(shape) < 2:
+        raise InputError(f"x has shape {shape}: give (T, B, D), (B, T, D) with batch_first, or (T, D)")
+    if 0 in shape:
+        raise InputError(f"x has shape {shape}: give a sequence with at least one step and one input")
+    width = getattr(module, "input_size", shape[-1])
+    if hasattr(module, "input_size") and (len(shape) != 3 - unbatched or shape[-1] != width):
+        raise InputError(f"x has shape {shape}, but the module reads {width} inputs a step: give (T, B, {width})")
+
+
+def _check_state(state: State, template: State) -> None:
+    given, wanted = ([tuple(part.shape) for part in parts] for parts in (state, template))
+    if given != wanted:
+        raise InputError(f"h0 has shape {given}, but the module's state has shape {wanted}")
+    if any(not part.isfinite().all() for part in state):
+        raise InputError("h0 holds NaN or infinite values: give finite numbers")
+
+
+def _tensor(x: Any) -> Tensor:
+    """x itself, or a copy of an array (so that a read-only memory map is read, once)."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+
+
+def _finite(x: Tensor) -> Tensor:
+    # the sum is one cheap pass; only when it is not finite does it pay to look at every value
+    if x.is_floating_point() and not x.detach().sum().isfinite() and not x.detach().isfinite().all():
+        raise InputError("x holds NaN or infinite values: clean it first, since they would spread to every later step")
+    return x
+
+
+def _layer_from_cell(cell: nn.RNNCellBase) -> nn.RNNBase:
+    kind = {nn.RNNCell: nn.RNN, nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM}[type(cell)]
+    nonlinearity = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
+    layer = kind(cell.input_size, cell.hidden_size, bias=cell.bias, device="meta", **nonlinearity)
+    for name, parameter in cell.named_parameters():
+        setattr(layer, f"{name}_l0", parameter)
+    return layer
+
+
+def _one_direction(module: nn.RNNBase, layer: int, direction: int) -> nn.RNNBase:
+    """One layer and direction of a bidirectional stack, as a module that shares its parameters."""
+    kind = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(module.mode, nn.RNN)
+    special: dict[str, Any] = {"nonlinearity": "relu"} if module.mode == "RNN_RELU" else {}
+    if module.proj_size:
+        special["proj_size"] = module.proj_size
+    width = module.input_size if layer == 0 else 2 * (module.proj_size or module.hidden_size)
+    single = kind(width, module.hidden_size, bias=module.bias, device="meta", **special)
+    suffix = f"_l{layer}" + "_reverse" * direction
+    for name, parameter in module.named_parameters():
+        if name.endswith(suffix):
+            setattr(single, name.removesuffix(suffix) + "_l0", parameter)
+    return single
+
+
+def _run_bidirectional(call: _Call, options: _Options) -> _Result:
+    """Every layer and direction by itself; the error of a layer reaches the next through its measured input gain."""
+    module, x = call.module, _finite(_tensor(call.x))
+    assert isinstance(module, nn.RNNBase)
+    share = options._replace(tol=max(options.tol / module.num_layers, 16 * torch.finfo(x.dtype).eps), certificate=None)
+    error, finals, evidences = 0.0, [], []
+    for layer in range(module.num_layers):
+        results, errors = [], []
+        for direction in (0, 1):
+            plain = ModuleEngine(_one_direction(module, layer, direction), x)
+            inputs = x.flip(0) if direction else x
+            start = tuple(part[2 * layer + direction :][:1] for part in call.h0)
+            result = _attempt(plain, inputs, start, share)
+            passed_on = _input_gain(plain, inputs, options.tol) * error if error else 0.0
+            errors.append(result.evidence.error_estimate + passed_on)
+            results.append(result)
+        x = torch.cat([results[0].y, results[1].y.flip(0)], dim=-1)
+        error = max(errors)
+        finals += [result.state for result in results]
+        evidences += [result.evidence for result in results]
+    if error > options.tol:
+        raise _GiveUp(f"the errors of the layers add up to {error:.1e}")
+    evidence = replace(_merged(evidences), steps=len(x), tol=options.tol, error_estimate=error)
+    if options.certificate is not None:
+        evidence = replace(evidence, note="certificates are for one direction: measured instead")
+    return _Result(x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True)), evidence, None)
+
+
+@torch.no_grad()
+def _input_gain(plain: ModuleEngine, x: Tensor, tol: float, windows: int = 8, steps: int = 64) -> float:
+    """Largest change of an output per change of the inputs, over a few windows of x."""
+    steps = min(steps, len(x))
+    at = torch.linspace(0, len(x) - steps, windows, device=x.device).long()
+    block = x[at + torch.arange(steps, device=x.device)[:, None]].flatten(1, 2)
+    other = _perturbed((block,), tol)[0]
+    start = plain.zero_state(block.shape[1])
+    change = plain.advance(other, start)[0] - plain.advance(block, start)[0]
+    return (change.abs().max() / (other - block).abs().max()).item()
+
+
+def _run_packed(module: nn.Module, x: PackedSequence, h0: Any, options: _Options) -> tuple[Any, Any, Evidence]:
+    """Every sequence by itself, longest first; where one cannot, the module runs on the packed batch."""
+    padded, lengths = pad_packed_sequence(x)
+    begun, results = time.perf_counter(), {}
+    for b in torch.argsort(lengths, descending=True).tolist():
+        sequence = padded[: lengths[b], b : b + 1]
+        start = None if h0 is None else _packed_like(h0, tuple(part[:, b : b + 1] for part in parts_of(h0)))
+        straight = sequence.transpose(0, 1) if getattr(module, "batch_first", False) else sequence
+        call = _Call.checked(module, straight, start, options)
+        try:
+            run = _run_bidirectional if getattr(module, "bidirectional", False) else _run_spans
+            results[b] = run(call, options)
+        except _GiveUp as reason:
+            y, state = module(x, h0)
+            return y, state, _sequential_evidence(int(lengths.sum()), options, str(reason), begun)
+    order = range(padded.shape[1]) if x.sorted_indices is None else x.sorted_indices.tolist()
+    y = torch.nn.utils.rnn.pad_sequence([results[b].y[:, 0] for b in order])
+    data = pack_padded_sequence(y, lengths[list(order)]).data
+    state = tuple(torch.cat(parts, dim=1) for parts in zip(*(results[b].state for b in sorted(results)), strict=True))
+    evidence = _merged([results[b].evidence for b in sorted(results)])
+    packed = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
+    return packed, call.plain.pack(state), evidence
+
+
+def _packed_like(given: Any, state: State) -> Any:
+    return state[0] if isinstance(given, Tensor) else state
+
+
+def _run_spans(call: _Call, options: _Options, out: Any = None) -> _Result:
+    """The whole sequence at once, or span after span where it is an array or `out` is given: bounded memory."""
+    steps, target = len(call.x), _time_major(out, call)
+    span = steps if out is None and isinstance(call.x, Tensor) else _span_steps(call)
+    state, carry, pieces, evidences = call.h0, _Carry(), [], []
+    for begin in range(0, steps, span):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and out is None):
+            result = _attempt(call.plain, _finite(_tensor(call.x[begin : begin + span])), state, options, carry)
+        state = result.state
+        carry = _Carry(result.evidence.error_estimate, result.end_error)
+        evidences.append(result.evidence)
+        if target is None:
+            pieces.append(result.y)
+        else:
+            _write(target, begin, result.y)
+    y = torch.empty(0) if not pieces else pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return _Result(y, state, _merged(evidences), carry.error)
+
+
+def _span_steps(call: _Call) -> int:
+    """Equal spans whose inputs, outputs and states fit the memory set aside."""
+    bytes_a_step = 8 * (np.prod(call.x.shape[1:]) + 2 * sum(part.numel() for part in call.h0))
+    most = max(2 * _SHORTEST, int(_SPAN_BYTES // bytes_a_step))
+    return -(-len(call.x) // -(-len(call.x) // most))
+
+
+def _time_major(out: Any, call: _Call) -> Any:
+    if out is None:
+        return None
+    wanted = (*call.original_x.shape[: 1 if call.unbatched else 2], call.h0[0].shape[-1])
+    if tuple(out.shape) != wanted:
+        raise InputError(f"out has shape {tuple(out.shape)}, but the outputs have shape {wanted}")
+    return out[:, None] if call.unbatched else out.swapaxes(0, 1) if call.batch_first else out
+
+
+def _write(target: Any, begin: int, y: Tensor) -> None:
+    y = y.detach()
+    target[begin : begin + len(y)] = y if isinstance(target, Tensor) else y.cpu().numpy()
+
+
+def _run_sequentially(
+    call: _Call, options: _Options, out: Any, reason: str, begun: float
+) -> tuple[Any, Any, Evidence]:
+    """The module itself, on the whole batch, from h0: in one call, or span after span into `out`."""
+    evidence = _sequential_evidence(len(call.x), options, reason, begun)
+    if out is None:
+        y, state = call.module(_tensor(call.original_x), call.original_h0)
+        return y, state, evidence
+    target, parts, span = _time_major(out, call), call.h0, _span_steps(call)
+    with torch.no_grad():
+        for begin in range(0, len(call.x), span):
+            piece, parts = call.plain.advance(_finite(_tensor(call.x[begin : begin + span])), parts)
+            _write(target, begin, piece)
+    return out, call.original_state(parts), evidence
+
+
+def _sequential_evidence(steps: int, options: _Options, reason: str, begun: float) -> Evidence:
+    wasted = time.perf_counter() - begun
+    return Evidence(
+        mode="sequential",
+        steps=steps,
+        tol=options.tol,
+        verify=options.verify,
+        sequential_depth=steps,
+        fallback=reason,
+        seconds_before_fallback=wasted,
+    )
+
+
+def _merged(evidences: list[Evidence]) -> Evidence:
+    """One evidence for runs that came one after the other."""
+    if len(evidences) == 1:
+        return evidences[0]
+
+    def largest(name: str) -> Any:
+        values = [getattr(evidence, name) for evidence in evidences]
+        return None if None in values else max(values)
+
+    def total(name: str) -> int:
+        return sum(getattr(evidence, name) for evidence in evidences)
+
+    sums = {name: total(name) for name in ("steps", "chunks", "sweeps", "sequential_depth", "gain_chunks")}
+    names = ("warmup", "max_mismatch", "gain", "error_estimate", "bound", "forgetting_rate")
+    seconds = sum(evidence.steps / evidence.estimated_speedup for evidence in evidences)
+    notes = [evidence.note for evidence in evidences if evidence.note]
+    return replace(
+        evidences[0],
+        **sums,
+        **{name: largest(name) for name in names},
+        estimated_speedup=sums["steps"] / seconds,
+        note=notes[0] if notes else None,
+    )
+
+
+def run_parallel(
+    module: nn.Module,
+    x: Any,
+    h0: Any = None,
+    tol: float = 1e-4,
+    chunks: int | Literal["auto"] = "auto",
+    warmup: int | Literal["auto"] = "auto",
+    verify: Verify = "pilot",
+    certificate: Certificate | None = None,
+    out: Any = None,
+) -> tuple[Any, Any, Evidence]:
+    """Run a recurrent module over x in parallel over time, check the answer, and return (y, state, evidence).
+
+    y and state are what `module(x, h0)` returns, within `tol` (max norm over outputs and final state), or exactly that
+    where the check fails: then the module itself ran, on the whole batch, from h0 (docs/parallel.md).
+
+    `module`: `nn.RNN`, `nn.LSTM`, `nn.GRU` (stacks, `batch_first`, bidirectional), one of their `Cell` modules, or any
+    causal module with the same call and states `(layers, B, ...)`. `x`: `(T, B, D)`, `(B, T, D)` with `batch_first`,
+    `(T, D)`, a `PackedSequence`, or a NumPy array (a memory map is read a span at a time). `chunks`, `warmup`: whole
+    numbers, or "auto": from a measured cost model of this machine and what the module forgets in a pilot. `verify`: measure
+    the gain on a "pilot" of chunks or over all "outputs". `certificate`: where it holds for x and h0, `evidence.bound`
+    is proved and no second run is needed. `out`: a tensor or array of y's shape to write to, a span at a time.
+
+    Raises `InputError` (a `ValueError`) for NaN, an empty sequence, a wrong shape, or a tol below 16 eps.
+
+    >>> import torch
+    >>> lstm = torch.nn.LSTM(3, 8)
+    >>> x = torch.randn(400, 1, 3)
+    >>> y, state, evidence = run_parallel(lstm, x, chunks=8, warmup=50)
+    >>> bool((y - lstm(x)[0]).abs().max() < 1e-4), evidence.chunks
+    (True, 8)
+    """
+    options = _Options.checked(tol, chunks, warmup, verify, certificate)
+    if isinstance(module, nn.RNNCellBase):
+        module = _layer_from_cell(module)
+    if isinstance(x, PackedSequence):
+        return _run_packed(module, x, h0, options)
+    call = _Call.checked(module, x, h0, options)
+    begun = time.perf_counter()
+    try:
+        if getattr(module, "bidirectional", False):
+            result = _run_bidirectional(call, options)
+        else:
+            result = _run_spans(call, options, out)
+    except _GiveUp as reason:
+        return _run_sequentially(call, options, out, str(reason), begun)
+    y = call.original_layout(result.y) if out is None else out
+    return y, call.original_state(result.state), result.evidence
+
+
+class Parallel(nn.Module):
+    """A module to put in the place of a recurrent one: the same call, run by `run_parallel` and checked each time.
+
+    `forward(x, hx) -> (y, state)`; `evidence` tells what the last call showed. Parameters are those of `module`.
+
+    >>> import torch
+    >>> fast = Parallel(torch.nn.GRU(3, 8), chunks=4, warmup=60)
+    >>> y, h_n = fast(torch.randn(400, 1, 3))
+    >>> y.shape, fast.evidence.mode
+    (torch.Size([400, 1, 8]), 'parallel')
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tol: float = 1e-4,
+        chunks: int | Literal["auto"] = "auto",
+        warmup: int | Literal["auto"] = "auto",
+        verify: Verify = "pilot",
+        certificate: Certificate | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.options = _Options.checked(tol, chunks, warmup, verify, certificate)
+        self.evidence: Evidence | None = None
+
+    def forward(self, x: Any, hx: Any = None) -> tuple[Any, Any]:
+        y, state, self.evidence = run_parallel(self.module, x, hx, **self.options._asdict())
+        return y, state
