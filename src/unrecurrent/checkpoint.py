@@ -51,7 +51,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # Copies lie in aligned memory as freshly made tensors do: kernels then round alike, which resuming needs.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, struct.error, ValueError) as error:
         raise _damaged(path) from error
     if metadata.get("sha256") != _checksum(tensors, metadata.get("about", "")):
