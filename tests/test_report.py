@@ -104,7 +104,7 @@ def test_the_table_holds_the_numbers_of_the_rows():
     row = cells(report.render(example_comparison()), "stable-lstm")
     assert row[:6] == ["6.688 ± 0.033", "8 (6–12)", "all", "0.8100", "0.9412", "214"]
     assert row[6:10] == ["9,410", "33,100", "4,310", "531"]
-    assert row[10:] == ["152,008", "128", "2", "12", "0.6100"]
+    assert row[10:] == ["152,008", "128", "2", "12", "0.61"]
 
 
 def test_proved_and_estimated_columns_say_so():
@@ -233,6 +233,17 @@ def test_a_truncation_curve_has_a_band_a_full_level_and_k_star():
     assert full["y"] == [entry["full"]] * 2
     assert full["line"]["dash"] == "dash"
     assert (star["x"], star["y"]) == ([12], [entry["mean"][entry["ks"].index(12)]])
+
+
+def test_windows_too_short_to_be_of_use_do_not_flatten_the_truncation_curves():
+    comparison = example_comparison(models=("lstm", "tcn"))
+    assert "range" not in drawings(report.render(comparison))[0]["layout"]["yaxis"]
+    means = comparison["memory"]["lstm"]["mean"]
+    means[0] = 31.0
+    page = report.render(comparison)
+    low, high = drawings(page)[0]["layout"]["yaxis"]["range"]
+    assert low < min(means) < means[5] < high < means[0]
+    assert "The shortest windows leave the chart" in page
 
 
 def test_a_model_keeps_its_colour_in_every_chart():

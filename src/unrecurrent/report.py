@@ -199,7 +199,7 @@ _COLUMNS = (
     _Column("hidden_size", "hidden size", _shown("hidden_size", count), group=_SIZE),
     _Column("seeds", "seeds", _seeds, group=_SIZE),
     _Column("epochs", "epochs", _shown("epochs", count), group=_SIZE),
-    _Column("minutes", "minutes", _shown("minutes", four_digits), group=_SIZE),
+    _Column("minutes", "minutes", _shown("minutes", count), group=_SIZE),
 )
 # Shown only where at least one model has a value.
 _RARE = {"seeds", "local_rate", "certified_rate", "certified_horizon", "hidden_size", "epochs", "minutes"}

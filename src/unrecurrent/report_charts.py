@@ -95,6 +95,20 @@ def _loss_title(view: View) -> str:
     return f"loss, {unit}" if unit and view.better == "lower" else "loss"
 
 
+def _cropped(values: Sequence[float], share: float, steepness: float) -> dict[str, Any]:
+    """The range of a loss axis on which a few huge values would flatten all the others; else nothing.
+
+    The range then ends a little above the `share` of the values that come lowest, if the highest value is more
+    than `steepness` times as far up.
+    """
+    ranked = sorted(values)
+    lowest, usual, highest = ranked[0], ranked[int(share * (len(ranked) - 1))], ranked[-1]
+    if not highest - lowest > steepness * (usual - lowest) > 0:
+        return {}
+    top = usual + 0.4 * (usual - lowest)
+    return {"range": [lowest - 0.05 * (top - lowest), top]}
+
+
 # --- the truncation curve
 
 
@@ -114,6 +128,9 @@ def _truncation_chart(view: View) -> Chart | None:
         f"range. Dashed: the loss with the whole past. Star: k*, {view.k_star_meaning}. "
         "Click a name to hide it, double-click to see it alone."
     )
+    limits = _cropped([value for trace in bands + lines for value in trace["y"]], share=0.75, steepness=5)
+    if limits:
+        caption += " The shortest windows leave the chart at the top; double-click it to see them."
     return Chart(
         id="chart-truncation",
         heading="",
@@ -128,7 +145,7 @@ def _truncation_chart(view: View) -> Chart | None:
                 ticktext=[f"{k:g}" for k in ticks],
                 tickangle=0,
             ),
-            _axis(_loss_title(view)),
+            _axis(_loss_title(view), **limits),
             hovermode="closest",
         ),
         height=480,
@@ -276,9 +293,7 @@ def _training_chart(view: View) -> Chart | None:
             named |= {model} if kind == "valid" else set()
     if not traces:
         return None
-    cut = _upper_limit([value for trace in traces for value in trace["y"]])
-    lowest = min(value for trace in traces for value in trace["y"])
-    limits = {"range": [lowest - 0.04 * (cut - lowest), cut]} if cut is not None else {}
+    limits = _cropped([value for trace in traces for value in trace["y"]], share=0.9, steepness=3)
     caption = "Solid: validation. Dashed: training. One thin line a seed."
     if any("markers" in trace["mode"] for trace in traces):
         caption += " Open marks: training."
@@ -327,13 +342,6 @@ def _losses(run: Mapping[str, Any], kind: str) -> list[tuple[float, float]]:
     epochs = [epoch for epoch in run.get("epochs") or [] if epoch]
     points = [(as_number(epoch.get("epoch")), as_number(epoch.get(f"{kind}_loss"))) for epoch in epochs]
     return [(epoch, loss) for epoch, loss in points if epoch is not None and loss is not None]
-
-
-def _upper_limit(values: Sequence[float]) -> float | None:
-    """Where to end the loss axis when the first epochs would flatten all the others; else None."""
-    ranked = sorted(values)
-    lowest, usual, highest = ranked[0], ranked[int(0.9 * (len(ranked) - 1))], ranked[-1]
-    return usual + 0.25 * (usual - lowest) if highest - lowest > 3 * (usual - lowest) > 0 else None
 
 
 def _whole_tick(traces: Sequence[Mapping[str, Any]]) -> int:
