@@ -1,11 +1,15 @@
 """Euclidean projections of weight matrices onto norm balls: what keeps a recurrent layer inside its feasible set."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-# Row sums and singular values of float32 weights carry rounding errors of about this relative size; projections aim
-# that much below the bound, so that the bound holds when the same weights are summed up in float64.
+# Sums over the rows of float32 weights carry relative rounding errors below this; projections aim that much below the
+# bound, so that it holds when the same weights are summed up in float64.
 ROUNDING = 4e-6
+# Newton rounds on one threshold; three or four are usual.
+MAX_ROUNDS = 100
 
 
 def weighted_row_sums(weight: Tensor, weights: Tensor) -> Tensor:
@@ -18,61 +22,103 @@ def weighted_row_sums(weight: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def project_rows_(weight: Tensor, budget: Tensor, weights: Tensor | None = None, coefficients: Tensor | None = None) -> None:
-    """Move each row to the nearest point of its weighted L1 ball, in place: rows inside their ball are not touched.
+def project_rows_(weight: Tensor, budget: Tensor) -> None:
+    """Move each row `(K,)` of `weight` `(J, K)` to the nearest one whose L1 norm is at most `budget[j]`, in place.
 
-    `weight` is `(J, K)`, or `(G, J, K)` where unit j owns the G rows `weight[:, j]` together. With p[g, j, k] =
-    `coefficients[g, j]` · `weights[k]` (both default to ones), afterwards Σ_gk p[g, j, k] |weight[g, j, k]| ≤ `budget[j]`
-    for every j, and the change is the smallest one in the Euclidean norm: soft thresholding by θ_j p, where θ_j is
-    found by Newton's method, which on this convex piecewise linear equation is exact after finitely many steps
-    (Duchi et al., "Efficient projections onto the l1-ball", ICML 2008).
+    The change is the smallest in the Euclidean norm, and rows inside their ball are not touched (Duchi et al.,
+    "Efficient projections onto the l1-ball for learning in high dimensions", ICML 2008).
 
     >>> w = torch.tensor([[3.0, -1.0], [0.5, 0.5]])
-    >>> project_rows_(w, torch.tensor([2.0, 2.0])); w
+    >>> project_rows_(w, torch.tensor([2.0, 2.0]))
+    >>> w.round(decimals=4)
     tensor([[2.0000, 0.0000],
             [0.5000, 0.5000]])
     """
-    grouped = weight if weight.dim() == 3 else weight.unsqueeze(0)
-    column = torch.ones(grouped.shape[-1], dtype=weight.dtype, device=weight.device) if weights is None else weights
-    sums = weighted_row_sums(grouped, column)
-    total = sums.sum(0) if coefficients is None else (coefficients * sums).sum(0)
-    over = (total > budget).nonzero().squeeze(-1)
-    if over.numel() == 0:
-        return
-    rows = grouped[:, over]
-    price = column.expand_as(rows) if coefficients is None else coefficients[:, over, None] * column
-    grouped[:, over] = _soft_threshold(rows, price, budget[over] * (1 - ROUNDING))
+    over = (weight.abs().sum(1) > budget * (1 - ROUNDING)).nonzero().squeeze(-1)
+    if over.numel():
+        ones = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        weight[over] = shrink_to(weight[over], ones, budget[over])
 
 
-def _soft_threshold(rows: Tensor, price: Tensor, budget: Tensor) -> Tensor:
-    """The points nearest to `rows` `(G, J, K)` with Σ_gk price |x| = `budget` per j; all of them lie outside."""
-    size = rows.abs()
-    threshold = torch.zeros_like(budget)
-    while True:
-        active = size > threshold[:, None] * price
-        cost = (active * price * size).sum((0, 2)) - budget
-        slope = (active * price * price).sum((0, 2))
-        update = torch.where(slope > 0, cost / slope.clamp_min(torch.finfo(slope.dtype).tiny), threshold)
-        if not (update > threshold * (1 + 1e-6)).any():
+def shrink_to(rows: Tensor, weights: Tensor, budget: Tensor) -> Tensor:
+    """The points nearest to `rows` `(n, K)` with Σ_k |x[j, k]| weights[k] ≤ `budget[j]`."""
+    coefficients, allowed = torch.ones_like(budget).unsqueeze(0), budget * (1 - 2 * ROUNDING)
+    return shrink_rows(rows.unsqueeze(0), weights, lambda sums: (coefficients, allowed), tolerance=1e-6)[0]
+
+
+def shrink_rows(
+    rows: Tensor, weights: Tensor, cut: Callable[[Tensor], tuple[Tensor, Tensor]], tolerance: float
+) -> Tensor:
+    """Soft-threshold `rows` `(G, n, K)`, G rows to a unit, until each unit's linear budget for its row sums holds.
+
+    `cut` maps the row sums w `(G, n)`, columns weighted by `weights` `(K,)`, to the budget they have to keep:
+    coefficients κ `(G, n)` and a limit `(n,)`, Σ_g κ_g w_g ≤ limit. The nearest point under a fixed budget is
+    sign(x) max(|x| − θ κ_g weights_k, 0); Newton's method from below finds θ exactly in finitely many rounds, and since
+    thresholds add up, every round may start from the rows the last one left, under the budget that is worst for them.
+    A relative excess below `tolerance` is scaled away at the end.
+    """
+    tiny = torch.finfo(rows.dtype).tiny
+    squares = weights * weights
+    sums = weighted_row_sums(rows, weights)
+    active = squares.sum().expand_as(sums)
+    for _ in range(MAX_ROUNDS):
+        coefficients, limit = cut(sums)
+        excess = (coefficients * sums).sum(0) - limit
+        if not (excess > tolerance * limit).any():
             break
-        threshold = torch.maximum(update, threshold)
-    # A budget of zero, or rounding, leaves nothing active: the point is then the origin.
-    moved = rows.sign() * (size - threshold[:, None] * price).clamp_min(0)
-    return torch.where((budget > 0)[:, None], moved, torch.zeros_like(moved))
+        threshold = excess.clamp_min(0) / (coefficients**2 * active).sum(0).clamp_min(tiny)
+        reach = (threshold * coefficients).unsqueeze(-1) * weights
+        rows = rows - rows.clamp(-reach, reach)
+        sums = weighted_row_sums(rows, weights)
+        active = (rows != 0).to(rows.dtype) @ squares
+    coefficients, limit = cut(sums)
+    return rows * (limit / (coefficients * sums).sum(0).clamp_min(tiny)).clamp_max(1)[:, None]
 
 
 @torch.no_grad()
-def clip_singular_values_(weight: Tensor, bound: float) -> None:
+def clip_singular_values_(weight: Tensor, bound: float) -> float:
     """Move a matrix to the nearest one (Frobenius norm) of spectral norm at most `bound`, in place and exactly.
 
-    Singular values above `bound` become `bound`, the others and all singular vectors stay. Computed in float64.
+    Singular values above `bound` become `bound`, the others and all singular vectors stay. Computed in float64;
+    returns the spectral norm found.
 
     >>> w = torch.diag(torch.tensor([2.0, 0.5]))
-    >>> clip_singular_values_(w, 0.9); w.diagonal()
-    tensor([0.9000, 0.5000])
+    >>> round(clip_singular_values_(w, 0.9), 3), w.diagonal().round(decimals=3)
+    (2.0, tensor([0.9000, 0.5000]))
     """
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     over = s > bound
     if over.any():
-        excess = s[over] - bound * (1 - ROUNDING)
-        weight -= ((u[:, over] * excess) @ v[over]).to(weight.dtype)
+        weight -= ((u[:, over] * (s[over] - bound * (1 - ROUNDING))) @ v[over]).to(weight.dtype)
+    return float(s[0])
+
+
+def first_basis(weight: Tensor, size: int = 16) -> Tensor:
+    """Orthonormal directions `(H, k)` for `clip_top_` to begin with; the same for all matrices of one shape."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(weight.shape[1], min(size, *weight.shape), generator=generator)
+    return torch.linalg.qr(columns)[0].to(weight)
+
+
+@torch.no_grad()
+def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> float:
+    """Clip the singular values above `bound` among the few that `basis` `(H, k)` follows from call to call, in place.
+
+    One step of orthogonal iteration on WᵀW, a Rayleigh-Ritz step, and a correction of rank at most k: three passes over
+    W instead of a decomposition. Between calls W moves little, so `basis` stays close to its largest singular vectors;
+    what it misses is caught by a later call, or by `clip_singular_values_`. Returns the smallest singular value
+    followed: where it lies above `bound`, more than k of them do.
+    """
+    moved = weight.t() @ (weight @ basis)
+    # Cholesky QR: two products and a k × k factorization. The shift keeps it defined where WᵀW is nearly singular.
+    gram = moved.t() @ moved
+    gram.diagonal().add_(gram.diagonal().amax() * 1e-6 + torch.finfo(gram.dtype).tiny)
+    moved = torch.linalg.solve_triangular(torch.linalg.cholesky(gram).t(), moved, upper=True, left=False)
+    image = weight @ moved
+    squares, rotation = torch.linalg.eigh(image.t() @ image)
+    values = squares.clamp_min(0).sqrt()
+    basis.copy_(moved @ rotation)
+    if float(values[-1]) > bound:
+        excess = (values - bound * (1 - ROUNDING)).clamp_min(0) / values.clamp_min(torch.finfo(values.dtype).tiny)
+        weight.addmm_(image @ (rotation * excess), basis.t(), alpha=-1)
+    return float(values[0])

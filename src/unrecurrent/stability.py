@@ -1,66 +1,200 @@
-"""Keep a recurrent layer stable while it is trained: `stabilize` and the drop-in layers that do it by themselves."""
+"""Keep a recurrent layer stable while it is trained: `stabilize`, and drop-in layers that do it by themselves."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unrecurrent.cells import find_recurrent
+from unrecurrent.certificate import Certificate, certify
 from unrecurrent.errors import InputError
-from unrecurrent.projections import clip_singular_values_, project_rows_
+from unrecurrent.feasible import (
+    TANH_1,
+    CappedGate,
+    CoupledLSTMGates,
+    GRUGates,
+    LSTMGates,
+    RowBudget,
+    blocks_of,
+    first_norm,
+    fit_norm_,
+    highest_ceiling,
+    hold_rows_,
+)
+from unrecurrent.projections import clip_singular_values_, clip_top_, first_basis, project_rows_
+from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_rate, target
+from unrecurrent.stable_lstm import StableLSTM
 
-# Miller & Hardt, "Stable recurrent models", ICLR 2019, section 4 and appendix: the forget gate's pre-activation is at
-# most 0.128 + 0.75 · 0.25 + 0.25 = 0.5655, so that F = σ(0.5655) < 0.64 and 1 − F > 0.36, (1 − F)² > 0.128.
+__all__ = ["Constraint", "StableGRU", "StableLSTM", "StableRNN", "stabilize"]
+
+METHODS = ("certified", "miller-hardt")
+# Miller & Hardt, "Stable recurrent models", ICLR 2019: the forget gate's pre-activation is at most
+# 0.128 + 0.75 · 0.25 + 0.25 = 0.5655, hence F = σ(0.5655) < 0.64, 1 − F > 0.36, (1 − F) / 4 > 0.09, (1 − F)² > 0.128.
 PAPER_INPUT_BOUND = 0.75
 PAPER_FORGET_DRIVE = 0.75 * 0.25
 PAPER_FORGET_BIAS = 0.25
-PAPER_FORGET_ROWS = 0.128
-PAPER_GATE_ROWS = 0.36
-PAPER_CANDIDATE_ROWS = 0.09
+PAPER_ROWS = {"i": 0.36, "f": 0.128, "g": 0.09, "o": 0.36}
 # The paper asks for a spectral norm below 1; at exactly 1 there is no rate, so stay this far below.
 PAPER_SPECTRAL_MARGIN = 0.01
+# Iterations for the norm of a layer that was trained without a constraint, and rounds for its drive.
+FIRST_FIT = 30
+DRIVE_ROUNDS = 8
 
 
-class _Policy(Protocol):
-    """How one layer is kept stable: `hold` after each optimizer step, `project` when everything is recomputed."""
+class _Layer:
+    """The tensors of one layer of a torch module, looked up when they are used: views, nothing of its own."""
 
+    def __init__(self, module: nn.Module, suffix: str) -> None:
+        self.module, self.suffix = module, suffix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name + self.suffix)
+
+    @property
+    def biases(self) -> tuple[Tensor, Tensor] | None:
+        """b_ih and b_hh, or None for a layer without."""
+        return (self.bias_ih, self.bias_hh) if self.module.bias else None
+
+    def gate(self, tensor: Tensor, index: int) -> Tensor:
+        """The rows of gate `index`, a view."""
+        size = self.weight_hh.shape[1]
+        return tensor[index * size : (index + 1) * size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How far the inputs can drive a gate
+
+
+class _Drive(ABC):
+    """The supremum of U x + b_ih + b_hh of one gate over the allowed inputs, unit by unit, and a way to lower it."""
+
+    def refresh(self, weight: Tensor) -> None:
+        """Recompute what is too costly to recompute in every step, for the input rows `weight` of the gate."""
+
+    @abstractmethod
+    def highest(self, weight: Tensor) -> Tensor:
+        """The supremum of `weight` x, without biases `(H,)`."""
+
+    @abstractmethod
+    def lower_(self, weight: Tensor, biases: tuple[Tensor, Tensor] | None, room: Tensor) -> None:
+        """Change the parameters, in place, so that the supremum with biases is at most `room` `(H,)`."""
+
+
+def _total(biases: tuple[Tensor, Tensor] | None) -> Tensor | float:
+    return biases[0] + biases[1] if biases is not None else 0.0
+
+
+class _BoxDrive(_Drive):
+    """Inputs with ‖x‖_∞ ≤ bound: the supremum is bound · Σ|U| + b, lowered by Euclidean projection of (U, b_ih, b_hh)."""
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def highest(self, weight: Tensor) -> Tensor:
+        return self.bound * weight.abs().sum(1)
+
+    def lower_(self, weight: Tensor, biases: tuple[Tensor, Tensor] | None, room: Tensor) -> None:
+        if biases is None:
+            if bool((room < 0).any()):
+                raise InputError("without biases this rate cannot be held: ask for a higher rate or use bias=True")
+            if self.bound:
+                project_rows_(weight, room / self.bound)
+            return
+        for _ in range(DRIVE_ROUNDS):
+            excess = (self.highest(weight) + _total(biases) - room).clamp_min(0)
+            threshold = excess / (self.bound**2 * (weight != 0).sum(1) + 2)
+            reach = (threshold * self.bound).unsqueeze(1)
+            weight -= weight.clamp(-reach, reach)
+            for bias in biases:
+                bias -= threshold
+        rest = (self.highest(weight) + _total(biases) - room).clamp_min(0)
+        for bias in biases:
+            bias -= rest / 2
+
+
+class _TableDrive(_Drive):
+    """A finite set of inputs, rows `(N, D)`: the supremum is exact when refreshed, and lowered by shifting the biases,
+
+    which leaves the gate its sensitivity to the input.
+    """
+
+    def __init__(self, table: Callable[[], Tensor]) -> None:
+        self.table = table
+        self.values: Tensor | None = None
+
+    def refresh(self, weight: Tensor) -> None:
+        self.values = torch.stack([(rows @ weight.t()).amax(0) for rows in self.table().split(4096)]).amax(0)
+
+    def highest(self, weight: Tensor) -> Tensor:
+        if self.values is None:
+            self.refresh(weight)
+        assert self.values is not None
+        return self.values
+
+    def lower_(self, weight: Tensor, biases: tuple[Tensor, Tensor] | None, room: Tensor) -> None:
+        if biases is None:
+            raise InputError("a layer without biases can be held over input_bound only: give that, or use bias=True")
+        excess = (self.highest(weight) + _total(biases) - room).clamp_min(0)
+        for bias in biases:
+            bias -= excess / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How one layer is kept stable
+
+
+class _Policy(ABC):
+    """What is done to one layer: `hold` after an optimizer step, `project` when everything is computed afresh."""
+
+    @abstractmethod
     def hold(self) -> None: ...
 
+    @abstractmethod
     def project(self) -> None: ...
 
+    def adapt(self) -> None:
+        """Let the norm in which the layer contracts follow its weights."""
 
-class _SpectralRNN:
-    """‖W_hh‖₂ ≤ bound for one layer of an `nn.RNN`."""
+    def memory(self) -> Tensor | None:
+        """What is remembered from step to step."""
+        return None
 
-    def __init__(self, weight: nn.Parameter, bound: float) -> None:
-        self.weight, self.bound = weight, bound
+
+class _Spectral(_Policy):
+    """‖W_hh‖₂ ≤ bound for a layer of an `nn.RNN`: the few largest singular values in each step, all in `project`."""
+
+    def __init__(self, layer: _Layer, bound: float, basis: Tensor | None = None) -> None:
+        self.layer, self.bound = layer, bound
+        self.basis = first_basis(layer.weight_hh) if basis is None else basis
 
     def hold(self) -> None:
-        clip_singular_values_(self.weight, self.bound)
+        clip_top_(self.layer.weight_hh, self.bound, self.basis)
 
     def project(self) -> None:
-        clip_singular_values_(self.weight, self.bound)
+        clip_singular_values_(self.layer.weight_hh, self.bound)
+
+    def memory(self) -> Tensor:
+        return self.basis
 
 
-class _MillerHardtLSTM:
-    """The paper's four conditions on one layer of an `nn.LSTM`, every one a projection of rows onto L1 balls."""
+class _MillerHardtLSTM(_Policy):
+    """The paper's four conditions on a layer of an `nn.LSTM`, each a projection of rows onto L1 balls."""
 
-    def __init__(self, layer: "_Layer", input_bound: Callable[[], float]) -> None:
-        self.layer, self.input_bound = layer, input_bound
-        self.bound = input_bound()
-        self.rows = layer.weight_hh.new_tensor(
-            [PAPER_GATE_ROWS, PAPER_FORGET_ROWS, PAPER_CANDIDATE_ROWS, PAPER_GATE_ROWS]
-        ).repeat_interleave(layer.hidden_size)
+    def __init__(self, layer: _Layer, input_bound: Callable[[], float]) -> None:
+        self.layer, self.input_bound, self.bound = layer, input_bound, input_bound()
 
     @torch.no_grad()
     def hold(self) -> None:
-        layer, h = self.layer, self.layer.hidden_size
-        project_rows_(layer.weight_hh, self.rows)
-        drive = layer.weight_ih.new_full((h,), PAPER_FORGET_DRIVE / self.bound)
-        project_rows_(layer.weight_ih[h : 2 * h], drive)
-        if layer.bias_ih is not None and layer.bias_hh is not None:
-            _limit_bias_(layer.bias_ih[h : 2 * h], layer.bias_hh[h : 2 * h], PAPER_FORGET_BIAS)
+        layer, size = self.layer, self.layer.weight_hh.shape[1]
+        rows = layer.weight_hh.new_tensor(list(PAPER_ROWS.values())).repeat_interleave(size)
+        project_rows_(layer.weight_hh, rows)
+        drive = layer.weight_ih.new_full((size,), PAPER_FORGET_DRIVE / max(self.bound, 1e-6))
+        project_rows_(layer.gate(layer.weight_ih, 1), drive)
+        if layer.biases is not None:
+            _limit_bias_(*(layer.gate(bias, 1) for bias in layer.biases), limit=PAPER_FORGET_BIAS)
 
     def project(self) -> None:
         self.bound = self.input_bound()
@@ -75,15 +209,105 @@ def _limit_bias_(bias_ih: Tensor, bias_hh: Tensor, limit: float) -> None:
     bias_hh -= excess
 
 
-class _Layer:
-    """The tensors of layer `index` of an `nn.RNN`, `nn.LSTM` or `nn.GRU`: views of its parameters, nothing of its own."""
+class _Rows(_Policy):
+    """A certified rate for a layer of an `nn.LSTM` or `nn.GRU`, by budgets for its rows and a ceiling on its drive.
 
-    def __init__(self, module: nn.RNNBase, index: int) -> None:
-        self.module, self.index, self.hidden_size = module, index, module.hidden_size
-        self.weight_ih: nn.Parameter = getattr(module, f"weight_ih_l{index}")
-        self.weight_hh: nn.Parameter = getattr(module, f"weight_hh_l{index}")
-        self.bias_ih: nn.Parameter | None = getattr(module, f"bias_ih_l{index}") if module.bias else None
-        self.bias_hh: nn.Parameter | None = getattr(module, f"bias_hh_l{index}") if module.bias else None
+    The gate that keeps the state (the LSTM's f, the GRU's z) may be as high as its drive makes it, up to the ceiling at
+    which the unit's rows have a quarter of the budget left; the higher it can be, the less the rows may sum up to.
+    """
+
+    KEEPING_GATE = 1
+
+    def __init__(self, layer: _Layer, rate: float, drive: _Drive, norm: Tensor | None = None) -> None:
+        self.layer, self.rate, self.drive = layer, target(rate), drive
+        self.highest_drive = math.log(highest_ceiling(self.rate) / (1 - highest_ceiling(self.rate)))
+        self.norm = first_norm(self._budget(), layer.weight_hh) if norm is None else norm
+
+    hidden_bound = 1.0
+
+    @abstractmethod
+    def _budget(self) -> RowBudget: ...
+
+    def _gate_parameters(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        layer, gate = self.layer, self.KEEPING_GATE
+        biases = layer.biases
+        if biases is not None:
+            biases = (layer.gate(biases[0], gate), layer.gate(biases[1], gate))
+        return layer.gate(layer.weight_ih, gate), biases
+
+    def _highest_argument(self) -> Tensor:
+        weight, biases = self._gate_parameters()
+        recurrent = blocks_of(self.layer.weight_hh)[self.KEEPING_GATE].abs().sum(1) * self.hidden_bound
+        return self.drive.highest(weight) + _total(biases) + recurrent
+
+    def _ceiling(self) -> Tensor:
+        return self._highest_argument().clamp_max(self.highest_drive).sigmoid()
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        hold_rows_(self.layer.weight_hh, self._budget(), self.norm)
+        over = self._highest_argument() - self.highest_drive
+        if bool((over > 0).any()):
+            weight, biases = self._gate_parameters()
+            self.drive.lower_(weight, biases, self.drive.highest(weight) + _total(biases) - over.clamp_min(0))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        self.drive.refresh(self._gate_parameters()[0])
+        self.hold()
+
+    @torch.no_grad()
+    def adapt(self, iterations: int = 1) -> None:
+        fit_norm_(self.layer.weight_hh, self._budget(), self.norm, iterations)
+
+    def memory(self) -> Tensor:
+        return self.norm
+
+
+class _GRURows(_Rows):
+    def _budget(self) -> CappedGate:
+        candidate = blocks_of(self.layer.weight_hh)[2].abs().sum(1)
+        if self.layer.biases is not None:
+            candidate = candidate + self.layer.gate(self.layer.biases[1], 2).abs()
+        return GRUGates(self.rate, self._ceiling(), candidate)
+
+
+class _LSTMRows(_Rows):
+    def _budget(self) -> CappedGate:
+        return LSTMGates(self.rate, self._ceiling())
+
+
+class _CoupledRows(_Rows):
+    """The same with the input gate tied to the forget gate, i = 1 − f: W_i = −W_f, U_i = −U_f and b_i = −b_f."""
+
+    hidden_bound = TANH_1
+
+    def _budget(self) -> CappedGate:
+        return CoupledLSTMGates(self.rate, self._ceiling())
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        self._tie()
+        super().hold()
+        self._tie()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        self._tie()
+        super().project()
+
+    @torch.no_grad()
+    def _tie(self) -> None:
+        """Half the difference of the two gates' rows goes to f, its negative to i: the nearest tied rows."""
+        layer = self.layer
+        for tensor in (layer.weight_ih, layer.weight_hh, *(layer.biases or ())):
+            i, f = layer.gate(tensor, 0), layer.gate(tensor, 1)
+            f.copy_((f - i) / 2)
+            i.copy_(-f)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stabilize
 
 
 class Constraint:
@@ -92,25 +316,47 @@ class Constraint:
     def __init__(
         self,
         policies: list[_Policy],
-        certify: Callable[[], Any],
+        certify_now: Callable[[], Certificate],
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
-        self._policies, self._certify = policies, certify
-        self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._after_step)
+        self._policies, self._certify, self._steps = policies, certify_now, 0
+        for policy in policies:
+            if isinstance(policy, _Rows):
+                policy.adapt(FIRST_FIT)
         self.project()
+        self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.hold()
+
+    def hold(self) -> None:
+        """What happens after each step of the optimizer: keep the recurrent rows in bounds, at the known drive ranges."""
+        self._steps += 1
         for policy in self._policies:
+            if self._steps % ADAPT_EVERY == 0:
+                policy.adapt()
             policy.hold()
 
     def project(self) -> None:
-        """Move the weights to the nearest feasible ones, drive ranges and norms computed afresh."""
+        """Move the weights to nearby ones at which the constraint holds, drive ranges and norms computed afresh."""
         for policy in self._policies:
             policy.project()
 
-    def certificate(self) -> Any:
-        """What is proved about the module as it stands now: the `Certificate` that `certify` gives."""
+    def certificate(self) -> Certificate:
+        """What is proved about the module as it stands now, over the inputs `stabilize` was told about."""
         return self._certify()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered from step to step, for a training run that is to resume bit for bit."""
+        return {"steps": self._steps, "memory": [policy.memory() for policy in self._policies]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self._steps = int(state["steps"])
+        for policy, kept in zip(self._policies, state["memory"], strict=True):
+            memory = policy.memory()
+            if memory is not None:
+                memory.copy_(kept)
 
     def remove(self) -> None:
         """Stop projecting after optimizer steps; the weights stay as they are."""
@@ -132,39 +378,250 @@ def stabilize(
 ) -> Constraint:
     """Make a recurrent module stable, in place, and keep it so after every step of `optimizer`.
 
-    >>> rnn = nn.RNN(3, 5)
-    >>> constraint = stabilize(rnn, method="miller-hardt")
-    >>> bool(torch.linalg.matrix_norm(rnn.weight_hh_l0.detach(), 2) < 1)
+    Its weights are moved to nearby ones for which `certify` proves a rate of at most `rate`; they stay ordinary
+    parameters of an ordinary module. For an `nn.RNN` that is ‖W_hh‖₂ ≤ rate, the singular values above it clipped. For
+    an `nn.LSTM` and an `nn.GRU` each unit's rows of W_hh keep a budget, and the drive U x + b of the gate that keeps
+    the state a ceiling (docs/stability.md). The rows are held after each step; the range of the drive over `inputs` or
+    `embedding` is recomputed by `.project()` and `.certificate()`, over `input_bound` in each step.
+
+    Args:
+        module: an `nn.RNN`, `nn.LSTM` or `nn.GRU` with any number of layers, or one of their cells; with `input_bound`,
+            or where no inputs need be stated, any module that holds some.
+        rate: the contraction factor a step to hold, between 0 and 1.
+        method: "certified", or "miller-hardt" for the conditions of Miller and Hardt (ICLR 2019), for RNN and LSTM:
+            ‖W_hh‖₂ ≤ 0.99; or row sums of W_i, W_o ≤ 0.36, W_f ≤ 0.128, W_z ≤ 0.09, B_x U_f ≤ 0.1875 and
+            |b_f| ≤ 0.25, with B_x the bound on the inputs (default: the paper's 0.75). `rate` does not apply to it.
+        inputs: data `(..., D)` as the layer reads it; the statement then covers inputs that drive it no further.
+        input_bound: covers all inputs with ‖x_t‖_∞ ≤ input_bound as they reach the layer, after any dropout.
+        embedding: covers all sequences of the rows of an `nn.Embedding`.
+        coupled: tie the input gate of an `nn.LSTM` to its forget gate, i = 1 − f, and keep it so. It allows far more.
+        optimizer: the one that trains the module. Without it, call `.hold()` or `.project()` after each step.
+
+    Raises:
+        InputError: a rate outside (0, 1), an unknown method, no statement about the inputs where the cell needs one,
+            bidirectional or projected layers, NaN weights, layers that keep themselves stable, or an optimizer that
+            does not train the module.
+
+    >>> lstm = nn.LSTM(3, 5)
+    >>> optimizer = torch.optim.Adam(lstm.parameters())
+    >>> constraint = stabilize(lstm, rate=0.9, input_bound=1.0, coupled=True, optimizer=optimizer)
+    >>> constraint.certificate().rate <= 0.9
     True
     """
-    if method != "miller-hardt":
-        raise InputError(f"method must be 'certified' or 'miller-hardt', got {method!r}")
-    if not isinstance(module, nn.RNN | nn.LSTM):
-        raise InputError("the Miller-Hardt conditions are for nn.RNN and nn.LSTM: use method='certified'")
+    _check(module, rate, method, (inputs, input_bound, embedding), coupled, optimizer)
+    found = [layer for _, layer in find_recurrent(module) if not isinstance(layer, SelfKeeping)]
+    if not found:
+        raise InputError(f"{type(module).__name__} keeps itself stable: give its rate when you make it")
+    if module not in found and (inputs is not None or embedding is not None):
+        raise InputError("inputs and embedding belong to one recurrent layer: give that layer instead of the model")
 
-    def bound_of_inputs() -> float:
-        if input_bound is not None:
-            return float(input_bound)
-        if inputs is not None:
-            return float(inputs.abs().max())
-        if embedding is not None:
-            return float(embedding.weight.detach().abs().max())
-        return PAPER_INPUT_BOUND
+    def table() -> Tensor | None:
+        points = embedding.weight if embedding is not None else inputs
+        return None if points is None else points.detach().reshape(-1, points.shape[-1])
 
-    # In training, dropout between the layers scales the hidden states of |h| < 1 by 1 / (1 − p).
-    between = 1.0 / (1.0 - module.dropout) if module.dropout < 1 else math.inf
+    def bound() -> float:
+        points = table()
+        if points is not None:
+            return float(points.abs().max())
+        return PAPER_INPUT_BOUND if input_bound is None else float(input_bound)
+
     policies: list[_Policy] = []
-    for index in range(module.num_layers):
-        layer = _Layer(module, index)
-        if isinstance(module, nn.RNN):
-            policies.append(_SpectralRNN(layer.weight_hh, 1 - PAPER_SPECTRAL_MARGIN))
-        else:
-            policies.append(_MillerHardtLSTM(layer, bound_of_inputs if index == 0 else lambda: between))
+    for recurrent in found:
+        drive = _input_drive(table, input_bound)
+        build = _miller_hardt(recurrent, bound) if method == METHODS[1] else _certified(recurrent, rate, drive, coupled)
+        policies += build
 
-    def certify_now() -> Any:
-        from unrecurrent.certificate import certify
-
-        bound = bound_of_inputs() if inputs is None and embedding is None else None
-        return certify(module, inputs=inputs, input_bound=bound, embedding=embedding, method="miller-hardt")
+    def certify_now() -> Certificate:
+        stated = {"inputs": inputs, "embedding": embedding, "input_bound": input_bound}
+        if method != METHODS[1]:
+            return certify(module, **stated)
+        if inputs is None and embedding is None:
+            stated["input_bound"] = bound()
+        return certify(module, **stated, method=method)
 
     return Constraint(policies, certify_now, optimizer)
+
+
+def _check(
+    module: nn.Module,
+    rate: float,
+    method: str,
+    stated: tuple[Any, ...],
+    coupled: bool,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    check_rate(rate)
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    if sum(given is not None for given in stated) > 1:
+        raise InputError("give only one of inputs, input_bound and embedding: each says which inputs are allowed")
+    bound = stated[1]
+    if bound is not None and not (isinstance(bound, (int, float)) and math.isfinite(bound) and bound >= 0):
+        raise InputError(f"input_bound must be a number of at least 0, got {bound!r}")
+    if coupled and (method == METHODS[1] or not any(isinstance(m, nn.LSTM | nn.LSTMCell) for m in module.modules())):
+        raise InputError("coupled=True ties the gates of an nn.LSTM, with method='certified': leave it out here")
+    if optimizer is not None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in trained for p in module.parameters()):
+            raise InputError("the optimizer trains no parameter of the module: give the one that does")
+
+
+def _input_drive(table: Callable[[], Tensor | None], input_bound: float | None) -> Callable[[], _Drive] | None:
+    """How inputs can drive the first layer, one object a gate; None if nothing was said about them."""
+    if table() is not None:
+        return lambda: _TableDrive(lambda: _given(table()))
+    if input_bound is not None:
+        return lambda: _BoxDrive(float(input_bound))
+    return None
+
+
+def _given(table: Tensor | None) -> Tensor:
+    assert table is not None
+    return table
+
+
+def _layers(module: nn.Module) -> list[_Layer]:
+    """The layers of a torch recurrent module, lowest first; one of its cells is its only layer."""
+    count = getattr(module, "num_layers", None)
+    return [_Layer(module, "")] if count is None else [_Layer(module, f"_l{k}") for k in range(count)]
+
+
+def _bound_between(module: nn.Module, hidden_bound: float) -> float:
+    """Bound on what a layer above the first reads: dropout scales |h| ≤ hidden_bound by 1 / (1 − p) in training."""
+    dropout = float(getattr(module, "dropout", 0.0))
+    return hidden_bound / (1 - dropout) if dropout < 1 else hidden_bound
+
+
+def _miller_hardt(module: nn.Module, bound: Callable[[], float]) -> list[_Policy]:
+    if isinstance(module, nn.RNN | nn.RNNCell):
+        return [_Spectral(layer, 1 - PAPER_SPECTRAL_MARGIN) for layer in _layers(module)]
+    if not isinstance(module, nn.LSTM | nn.LSTMCell):
+        raise InputError(
+            f"the conditions of Miller and Hardt are about RNN and LSTM, not {type(module).__name__}: use 'certified'"
+        )
+    between = _bound_between(module, 1.0)
+    return [
+        _MillerHardtLSTM(layer, (lambda: between) if number else bound)
+        for number, layer in enumerate(_layers(module))
+    ]
+
+
+def _certified(
+    module: nn.Module, rate: float, drive: Callable[[], _Drive] | None, coupled: bool
+) -> list[_Policy]:
+    if isinstance(module, nn.RNN | nn.RNNCell):
+        return [_Spectral(layer, target(rate)) for layer in _layers(module)]
+    if drive is None:
+        raise InputError(
+            f"the gates of {type(module).__name__} come arbitrarily close to 1 unless its inputs are bounded: "
+            "give input_bound, inputs or embedding"
+        )
+    is_gru = isinstance(module, nn.GRU | nn.GRUCell)
+    rows = _GRURows if is_gru else _CoupledRows if coupled else _LSTMRows
+    between = _bound_between(module, rows.hidden_bound)
+    return [
+        rows(layer, rate, _BoxDrive(between) if number else drive()) for number, layer in enumerate(_layers(module))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that keep themselves stable
+
+
+class _SelfKeepingLayer(SelfKeeping):
+    """What `StableRNN` and `StableGRU` share: a policy a layer, its memory in a buffer."""
+
+    def __init__(self, *args: Any, rate: float, **kwargs: Any) -> None:
+        check_rate(rate)
+        super().__init__(*args, **kwargs)
+        if self.bidirectional:
+            raise InputError(f"{type(self).__name__} runs forward in time only: leave out bidirectional")
+        self.rate = float(rate)
+        self._kept_exactly = True
+        for k, policy in enumerate(self._policies()):
+            if isinstance(policy, _Rows):
+                policy.adapt(FIRST_FIT)
+            self.register_buffer(f"kept_l{k}", policy.memory())
+        self.project()
+
+    def _policies(self) -> list[_Policy]:
+        raise NotImplementedError
+
+    def _memory(self, k: int) -> Tensor | None:
+        """What layer k remembers from step to step; None before it is first made."""
+        return getattr(self, f"kept_l{k}", None)
+
+    def _project(self) -> None:
+        for policy in self._policies():
+            policy.project()
+        self._kept_exactly = True
+
+    def _hold(self) -> None:
+        for policy in self._policies():
+            policy.hold()
+        self._kept_exactly = False
+
+    def _adapt(self) -> None:
+        for policy in self._policies():
+            policy.adapt()
+
+    def settle(self) -> None:
+        if not self._kept_exactly:
+            self.project()
+        super().settle()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.keep_before_use()
+        return super().forward(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rate={self.rate}"
+
+
+class StableRNN(_SelfKeepingLayer, nn.RNN):
+    """An `nn.RNN` that contracts at `rate` in the Euclidean norm whatever it reads: ‖W_hh‖₂ ≤ rate in every layer.
+
+    h ← tanh(U x + W h + b), or ReLU. After each optimizer step the few largest singular values of W are clipped; in
+    `eval()` and `state_dict()` all of them, exactly. Arguments, shapes and errors are those of `nn.RNN`, and `rate`
+    between 0 and 1. Source: docs/stability.md.
+
+    >>> rnn = StableRNN(3, 5, rate=0.9)
+    >>> y, h = rnn(torch.randn(7, 4, 3))
+    >>> certify(rnn).rate <= 0.9
+    True
+    """
+
+    def __init__(self, *args: Any, rate: float = 0.98, **kwargs: Any) -> None:
+        super().__init__(*args, rate=rate, **kwargs)
+
+    def _policies(self) -> list[_Policy]:
+        return [_Spectral(layer, target(self.rate), self._memory(k)) for k, layer in enumerate(_layers(self))]
+
+
+class StableGRU(_SelfKeepingLayer, nn.GRU):
+    """An `nn.GRU` that contracts at `rate` on all inputs with ‖x_t‖_∞ ≤ input_bound.
+
+    h ← (1 − z) n + z h. Budgets for the rows of W_hh and a ceiling on the drive of z are held in every step. Arguments,
+    shapes and errors are those of `nn.GRU`, `rate` between 0 and 1, and `input_bound`, a bound on the inputs as they
+    reach the layer: nothing is proved about larger ones. Source: docs/stability.md.
+
+    >>> gru = StableGRU(3, 5, rate=0.9, input_bound=1.0)
+    >>> y, h = gru(torch.rand(7, 4, 3))
+    >>> certify(gru, input_bound=1.0).rate <= 0.9
+    True
+    """
+
+    def __init__(self, *args: Any, rate: float = 0.98, input_bound: float = 1.0, **kwargs: Any) -> None:
+        if not (math.isfinite(input_bound) and input_bound >= 0):
+            raise InputError(f"input_bound must be a number of at least 0, got {input_bound!r}")
+        # nn.Module takes attributes only once it is set up, and its own __init__ makes the first projection.
+        object.__setattr__(self, "input_bound", float(input_bound))
+        super().__init__(*args, rate=rate, **kwargs)
+
+    def _policies(self) -> list[_Policy]:
+        between = _bound_between(self, 1.0)
+        drives = [_BoxDrive(between if k else self.input_bound) for k in range(self.num_layers)]
+        return [
+            _GRURows(layer, self.rate, drive, self._memory(k))
+            for k, (layer, drive) in enumerate(zip(_layers(self), drives, strict=True))
+        ]

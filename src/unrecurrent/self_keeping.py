@@ -1,0 +1,112 @@
+"""What layers that keep themselves stable have in common: they notice that weights changed, and project them."""
+
+import weakref
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from unrecurrent.errors import InputError
+
+# Held is a rate this share of 1 − λ below the one asked for, so that `certify`, which iterates, finds at most λ.
+MARGIN = 1e-3
+# The norm in which a layer contracts follows its weights once in so many optimizer steps.
+ADAPT_EVERY = 16
+
+_LAYERS: "weakref.WeakSet[SelfKeeping]" = weakref.WeakSet()
+
+
+def check_rate(rate: float) -> None:
+    """Raise `InputError` unless 0 < rate < 1."""
+    if not (isinstance(rate, float) and 0 < rate < 1):
+        raise InputError(f"rate must be a number between 0 and 1, both excluded, got {rate!r}")
+
+
+def target(rate: float) -> float:
+    """The rate that projections aim at to hold `rate`.
+
+    >>> round(target(0.98), 6)
+    0.97998
+    """
+    return rate - MARGIN * (1 - rate)
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for layer in list(_LAYERS):
+        layer.after_step()
+
+
+register_optimizer_step_post_hook(_after_any_step)
+
+
+class SelfKeeping(nn.Module):
+    """Base of layers that project their own weights.
+
+    A hook common to all `torch.optim` optimizers does it right after each step; the forward pass, `eval()`, `train()`
+    and `state_dict()` do it where anything else wrote to the weights. Nothing hangs on the layer but the versions of
+    its weights, so deepcopy, pickle, `torch.compile` and export see an ordinary module. Writing through `.data` is
+    invisible to PyTorch's versions: call `project()` after it.
+    """
+
+    _held: tuple[int, ...] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held = None
+        self.register_buffer("optimizer_steps", torch.zeros((), dtype=torch.int64))
+        _LAYERS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._held = None
+        _LAYERS.add(self)
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(parameter._version for parameter in self.parameters(recurse=False))
+
+    def after_step(self) -> None:
+        """Project if the optimizer moved the weights, and now and then let the norm follow them."""
+        if self._versions() != self._held:
+            steps: Tensor = self.optimizer_steps
+            steps += 1
+            if int(steps) % ADAPT_EVERY == 0:
+                self._adapt()
+            self._hold()
+            self._held = self._versions()
+
+    def keep(self) -> None:
+        """Project if a weight was written to since the last time."""
+        if self._versions() != self._held:
+            self.project()
+
+    def settle(self) -> None:
+        """`keep`, and make exact what the optimizer hook did to the accuracy that a step can afford."""
+        self.keep()
+
+    def keep_before_use(self) -> None:
+        """`keep`, except while the forward pass is being traced: an exported program changes no weights."""
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self.keep()
+
+    def project(self) -> None:
+        """Move the weights, in place, to nearby ones at which the rate holds; where it does, nothing changes."""
+        self._project()
+        self._held = self._versions()
+
+    def _project(self) -> None:
+        raise NotImplementedError
+
+    def _hold(self) -> None:
+        self._project()
+
+    def _adapt(self) -> None:
+        """Let the norm in which the layer contracts follow its weights."""
+
+    def train(self, mode: bool = True) -> Self:
+        self.settle()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)

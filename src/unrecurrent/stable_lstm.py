@@ -1,0 +1,350 @@
+"""`StableLSTM`: an LSTM with coupled gates and a ceiling on its forget gate that contracts at a stated rate.
+
+Beside the fast path (`_Recurrence`: all inputs in one product, one product a step, weight gradients in one product)
+stands its plain reference (`reference`), which is also what `torch.compile`, `torch.export` and ONNX export see.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from unrecurrent.errors import InputError
+from unrecurrent.feasible import ScaledGate, fit_norm_, hold_rows_
+from unrecurrent.self_keeping import SelfKeeping, check_rate, target
+
+# The ceilings F̄ of a layer leave a unit's candidate rows between these shares of the budget (λ − F̄) / (1 − F̄).
+CEILING_SHARES = (0.25, 0.75)
+# Of its budget, a new layer uses this share at most.
+INITIAL_USAGE = 0.5
+
+
+def reference(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, ceiling: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run one layer step by step, in ordinary differentiable operations: the outputs `(T, B, H)` and the last c `(B, H)`.
+
+    f = F̄ σ(a_f), z = tanh(a_z), o = σ(a_o) with a = U x + W h + b; c ← f c + (1 − f) z, h ← o tanh(c).
+    """
+    outputs = []
+    for drive in nn.functional.linear(x, weight_ih, bias).unbind(0):
+        gate_f, gate_z, gate_o = (drive + nn.functional.linear(h, weight_hh)).chunk(3, -1)
+        f = ceiling * torch.sigmoid(gate_f)
+        c = f * c + (1 - f) * torch.tanh(gate_z)
+        h = torch.sigmoid(gate_o) * torch.tanh(c)
+        outputs.append(h)
+    return torch.stack(outputs), c
+
+
+def _has_onednn(x: Tensor) -> bool:
+    """Whether oneDNN multiplies this tensor; on many processors it is twice as fast as the default BLAS."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+class _Product:
+    """x ↦ x Wᵀ for one W and many x, W laid out once for the multiplication routine."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self.onednn = _has_onednn(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.onednn else weight.t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.onednn:
+            result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            return result
+        return x @ self.weight
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """x Wᵀ + other."""
+        if self.onednn:
+            result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, None, "add")
+            return result
+        return torch.addmm(other, x, self.weight)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, once."""
+    if _has_onednn(weight):
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return result
+    return x @ weight.t()
+
+
+class _Recurrence(torch.autograd.Function):
+    """The same as `reference`, fast: forward and backward each do one matrix product and a few in-place operations a step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        ceiling: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        steps, batch, width = x.shape
+        size = h0.shape[-1]
+        drive = _product(x.reshape(-1, width), weight_ih)
+        if bias is not None:
+            drive += bias
+        drives = drive.view(steps, batch, 3 * size)
+        gates, squashed = torch.empty_like(drives), drive.new_empty(steps, batch, size)
+        outputs, cells = torch.empty_like(squashed), drive.new_empty(steps + 1, batch, size)
+        cells[0] = c0
+        recurrent, h, c = _Product(weight_hh, batch), h0.contiguous(), cells[0]
+        for drive_t, gates_t, squashed_t, output, cell in zip(
+            drives.unbind(0), gates.unbind(0), squashed.unbind(0), outputs.unbind(0), cells[1:].unbind(0), strict=True
+        ):
+            raw_f, raw_z, raw_o = recurrent.plus(h, drive_t).split(size, -1)
+            f, z, o = gates_t.split(size, -1)
+            torch.mul(torch.sigmoid(raw_f, out=f), ceiling, out=f)
+            torch.lerp(torch.tanh(raw_z, out=z), c, f, out=cell)
+            torch.mul(torch.sigmoid(raw_o, out=o), torch.tanh(cell, out=squashed_t), out=output)
+            h, c = output, cell
+        ctx.save_for_backward(x, weight_ih, weight_hh, bias, ceiling, h0, c0, gates, squashed, outputs, cells)
+        return outputs, cells[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *d_results: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: these gradients are to be differentiated again
+            return _reference_gradients(ctx.saved_tensors[:7], ctx.needs_input_grad, d_results)
+        d_outputs, d_last = d_results
+        x, weight_ih, weight_hh, bias, ceiling, h0, _, gates, squashed, outputs, cells = ctx.saved_tensors
+        factors = _step_factors(gates, ceiling, squashed, cells)
+        d_gates, d_h0, d_c0 = _backward_through_time(d_outputs, d_last, weight_hh, gates, factors)
+        flat, needs = d_gates.flatten(0, 1), ctx.needs_input_grad
+        across = flat.t().contiguous()
+        before = torch.cat((h0.unsqueeze(0), outputs[:-1])).flatten(0, 1)
+        d_x = _product(flat, weight_ih.t().contiguous()).view_as(x) if needs[0] else None
+        d_ih = _product(across, x.flatten(0, 1).t().contiguous()) if needs[1] else None
+        d_hh = _product(across, before.t().contiguous()) if needs[2] else None
+        return d_x, d_ih, d_hh, flat.sum(0) if bias is not None else None, None, d_h0, d_c0
+
+
+def _step_factors(gates: Tensor, ceiling: Tensor, squashed: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What turns dh into dc and d(a_o), and dc into d(a_f, a_z), for all steps at once: each step is then products only."""
+    f, z, o = gates.chunk(3, -1)
+    to_cell = o * (1 - squashed * squashed)
+    to_output = squashed * o * (1 - o)
+    to_gates = torch.empty(*o.shape[:2], 2, o.shape[2], dtype=o.dtype, device=o.device)
+    torch.mul((cells[:-1] - z) * f, 1 - f / ceiling, out=to_gates[:, :, 0])
+    torch.mul(1 - f, 1 - z * z, out=to_gates[:, :, 1])
+    return to_cell, to_output, to_gates
+
+
+def _backward_through_time(
+    d_outputs: Tensor, d_last: Tensor, weight_hh: Tensor, gates: Tensor, factors: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of all pre-activations `(T, B, 3 H)`, of h0 and of c0."""
+    steps, batch, size = d_outputs.shape
+    to_cell, to_output, to_gates = (factor.unbind(0) for factor in factors)
+    keep, d_gates, d_c = gates[..., :size].unbind(0), torch.empty_like(gates), d_last.clone()
+    back, d_outputs_ = _Product(weight_hh.t().contiguous(), batch), d_outputs.contiguous().unbind(0)
+    d_h = d_outputs_[-1]
+    for t in range(steps - 1, -1, -1):
+        d_step = d_gates[t]
+        d_c.addcmul_(d_h, to_cell[t])
+        torch.mul(d_c.unsqueeze(1), to_gates[t], out=d_step.view(batch, 3, size)[:, :2])
+        torch.mul(d_h, to_output[t], out=d_step[:, 2 * size :])
+        d_c.mul_(keep[t])
+        d_h = back.plus(d_step, d_outputs_[t - 1]) if t else back(d_step)
+    return d_gates, d_h, d_c
+
+
+def _reference_gradients(
+    inputs: Sequence[Tensor | None], needed: Sequence[bool], d_results: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients through `reference`, as functions that can be differentiated again."""
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+    gradients = iter(torch.autograd.grad(reference(*inputs), wanted, d_results, create_graph=True))  # type: ignore[arg-type]
+    return tuple(next(gradients) if need and t is not None else None for t, need in zip(inputs, needed, strict=True))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether only ordinary operations will do: tracing, function transforms, forward-mode AD and autocast."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(x.device.type)
+    )
+
+
+class StableLSTM(SelfKeeping):
+    """An LSTM with coupled gates whose forget gate has a ceiling F̄ < 1; it contracts at `rate` whatever it reads.
+
+        f = F̄ σ(U_f x + W_f h + b_f)      z = tanh(U_z x + W_z h + b_z)      o = σ(U_o x + W_o h + b_o)
+        c ← f c + (1 − f) z               h ← o tanh(c)
+
+    Same call, shapes and state as `nn.LSTM`, and accepted wherever that is. The ceilings, and budgets for the row sums
+    of W unit by unit, make `certify(layer).rate` at most `rate` for all inputs, after every optimizer step and however
+    it was trained; U and b stay free. Source: docs/stability.md.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, device, dtype: as for `nn.LSTM`.
+        rate: bound on the contraction factor a step, between 0 and 1; a state forgets a factor e in 1 / (1 − rate) steps.
+
+    Shapes: x `(T, B, D)`, `(B, T, D)` with `batch_first`, `(T, D)` without batch, or a `PackedSequence`; h0 and c0
+    `(num_layers, B, H)`, default zeros. Parameters `weight_ih_l{k}` `(3 H, D)`, `weight_hh_l{k}` `(3 H, H)`,
+    `bias_ih_l{k}`, `bias_hh_l{k}` `(3 H,)` with rows in the order f, z, o; buffers `forget_ceiling_l{k}` `(H,)` and
+    `norm_l{k}` `(2, H)`, the weights of c and h in the norm in which the layer contracts.
+
+    Raises:
+        InputError: a rate outside (0, 1), sizes below 1, or inputs and states of the wrong shape.
+
+    >>> lstm = StableLSTM(3, 5, num_layers=2, rate=0.9)
+    >>> y, (h, c) = lstm(torch.randn(7, 4, 3))
+    >>> y.shape, h.shape, c.shape
+    (torch.Size([7, 4, 5]), torch.Size([2, 4, 5]), torch.Size([2, 4, 5]))
+    """
+
+    cell_kind = "scaled-gate-lstm"
+    bidirectional = False
+    proj_size = 0
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        rate: float = 0.98,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_rate(rate)
+        if min(input_size, hidden_size, num_layers) < 1:
+            raise InputError("input_size, hidden_size and num_layers must be at least 1")
+        if not 0 <= dropout <= 1:
+            raise InputError(f"dropout must be a probability between 0 and 1, got {dropout}")
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout, self.rate = bias, batch_first, float(dropout), float(rate)
+        like = {"device": device, "dtype": dtype}
+        for k in range(num_layers):
+            width = input_size if k == 0 else hidden_size
+            self.register_parameter(f"weight_ih_l{k}", nn.Parameter(torch.empty(3 * hidden_size, width, **like)))
+            self.register_parameter(f"weight_hh_l{k}", nn.Parameter(torch.empty(3 * hidden_size, hidden_size, **like)))
+            for name in ("bias_ih", "bias_hh"):
+                value = nn.Parameter(torch.empty(3 * hidden_size, **like)) if bias else None
+                self.register_parameter(f"{name}_l{k}", value)
+            shares = torch.linspace(*CEILING_SHARES, hidden_size, **like)
+            self.register_buffer(f"forget_ceiling_l{k}", 1 - (1 - rate) / (1 - shares))
+            self.register_buffer(f"norm_l{k}", torch.ones(2, hidden_size, **like))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters uniformly in ±1/√H as `nn.LSTM` does, then scale the rows of W into half their budgets."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+        for weight, budget, norm in self._rows():
+            norm.fill_(1.0)
+            size = self.hidden_size
+            usage = budget.gain(weight.abs().view(3, size, size).sum(-1)[[1, 0]])
+            weight[: 2 * size] *= (INITIAL_USAGE / usage).clamp_max(1).repeat(2)[:, None]
+            limit = INITIAL_USAGE * budget.output_budget(norm)
+            weight[2 * size :] *= (limit / weight[2 * size :].abs().sum(-1)).clamp_max(1)[:, None]
+        self.project()
+
+    def _rows(self) -> list[tuple[Tensor, ScaledGate, Tensor]]:
+        """Of each layer the recurrent weight, its budgets and its norm."""
+        rows = []
+        for k in range(self.num_layers):
+            ceiling, norm = self.get_buffer(f"forget_ceiling_l{k}"), self.get_buffer(f"norm_l{k}")
+            rows.append((self.get_parameter(f"weight_hh_l{k}"), ScaledGate(target(self.rate), ceiling), norm))
+        return rows
+
+    def _project(self) -> None:
+        for weight, budget, norm in self._rows():
+            hold_rows_(weight, budget, norm)
+
+    def _adapt(self) -> None:
+        for weight, budget, norm in self._rows():
+            fit_norm_(weight, budget, norm)
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """The outputs of the last layer, and (h, c) of all layers after the last step."""
+        self.keep_before_use()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size or 0 in input.shape:
+            raise InputError(
+                f"StableLSTM reads (T, B, {self.input_size}), batch_first (B, T, {self.input_size}), or (T, "
+                f"{self.input_size}), none of them empty, but got a tensor of shape {tuple(input.shape)}"
+            )
+        batched = input.dim() == 3
+        x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
+        y, h, c = self._run(x, *self._start(x, hx, batched))
+        if not batched:
+            return y.squeeze(1), (h.squeeze(1), c.squeeze(1))
+        return y.transpose(0, 1) if self.batch_first else y, (h, c)
+
+    def _start(self, x: Tensor, hx: tuple[Tensor, Tensor] | None, batched: bool) -> tuple[Tensor, Tensor]:
+        shape = (self.num_layers, x.shape[1], self.hidden_size)
+        if hx is None:
+            zeros = x.new_zeros(shape)
+            return zeros, zeros
+        h, c = hx if batched else (part.unsqueeze(1) for part in hx)
+        if h.shape != shape or c.shape != shape:
+            raise InputError(f"h0 and c0 must have shape {shape}, but got {tuple(h.shape)} and {tuple(c.shape)}")
+        return h, c
+
+    def _run(self, x: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All layers over `(T, B, D)`: outputs, and h and c of each layer at the end."""
+        run = reference if _is_plain(x) else _Recurrence.apply
+        h_last, c_last = [], []
+        for k in range(self.num_layers):
+            if k and self.dropout:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+            x, c = run(x, *self._weights(k), h0[k], c0[k])
+            h_last.append(x[-1])
+            c_last.append(c)
+        return x, torch.stack(h_last), torch.stack(c_last)
+
+    def _weights(self, k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Of layer k U, W, the sum of both biases, and F̄."""
+        bias = getattr(self, f"bias_ih_l{k}") + getattr(self, f"bias_hh_l{k}") if self.bias else None
+        weight_ih, weight_hh = getattr(self, f"weight_ih_l{k}"), getattr(self, f"weight_hh_l{k}")
+        return weight_ih, weight_hh, bias, getattr(self, f"forget_ceiling_l{k}")
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        """Sequences of different lengths, longest first: runs of steps in which the same sequences are still going."""
+        x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
+        h, c = self._start(x, hx, batched=True)
+        if packed.sorted_indices is not None:
+            h, c = h[:, packed.sorted_indices], c[:, packed.sorted_indices]
+        outputs, begin = [], 0
+        for end in sorted(set(lengths.tolist())):
+            going = int((lengths >= end).sum())
+            y, h_going, c_going = self._run(x[begin:end, :going], h[:, :going], c[:, :going])
+            h, c = torch.cat((h_going, h[:, going:]), 1), torch.cat((c_going, c[:, going:]), 1)
+            outputs.append(y.flatten(0, 1))
+            begin = end
+        if packed.unsorted_indices is not None:
+            h, c = h[:, packed.unsorted_indices], c[:, packed.unsorted_indices]
+        return packed._replace(data=torch.cat(outputs)), (h, c)
+
+    def flatten_parameters(self) -> None:
+        """There is nothing to flatten; here because `nn.LSTM` has it."""
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, rate={self.rate}"
+        return text + f", bias={self.bias}, batch_first={self.batch_first}, dropout={self.dropout}"
