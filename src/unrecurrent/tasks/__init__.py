@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unrecurrent.errors import InputError
 from unrecurrent.tasks.chorales import Chorales
-from unrecurrent.tasks.jsb import jsb
+from unrecurrent.tasks.jsb import jsb_chorales
 from unrecurrent.tasks.ptb_char import PTBChar
 from unrecurrent.tasks.task import SPLITS, Example, Metric, Source, Split, Task
 from unrecurrent.tasks.text import TextTask
@@ -16,7 +16,7 @@ __all__ = ["SPLITS", "Example", "Metric", "Source", "Split", "Task", "get_task",
 _TEXT = "text:"
 _TASKS: dict[str, Callable[[Path | None], Task]] = {
     "chorales": lambda data_dir: Chorales(),
-    "jsb": jsb,
+    "jsb": jsb_chorales,
     "ptb-char": PTBChar,
 }
 

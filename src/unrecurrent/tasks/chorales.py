@@ -332,7 +332,7 @@ def read_cache(path: Path) -> Rolls:
         InputError: the file is damaged (its digest does not match); it is left as it is.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             names, lengths, packed, digest = (stored[key] for key in ("names", "lengths", "rolls", "digest"))
             rolls = np.unpackbits(packed, axis=1, count=KEYS)
             chorales = Rolls(tuple(names.tolist()), tuple(np.split(rolls, np.cumsum(lengths)[:-1])))
