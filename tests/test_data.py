@@ -175,9 +175,8 @@ def tiny_jsb(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 def test_get_then_list_and_check(tiny_jsb: Server, tmp_path: Path) -> None:
     def states() -> list[str]:
-        return [f.state for f in data.listing(tmp_path) if f.task == "jsb"] + [
-            f.state for f in data.check("jsb", tmp_path)
-        ]
+        listed = [file for file in data.listing(tmp_path) if file.task == "jsb"]
+        return [file.state for file in [*listed, *data.check("jsb", tmp_path)]]
 
     assert states() == ["missing", "missing"]
     (path,) = data.fetch("jsb", tmp_path)
