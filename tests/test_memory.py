@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from unrecurrent.errors import InputError
-from unrecurrent.memory import MemoryProfile, truncation_curve
+from unrecurrent.memory import MemoryProfile, measure_memory
 from unrecurrent.models import Interface, build_model, model_names
 from unrecurrent.tasks.task import Example
 
@@ -30,7 +30,7 @@ class Delay(nn.Module):
 def test_delay_line_needs_exactly_its_length(lag):
     x = torch.randn(400, 2)
     y = Delay(lag)(x[None])[0]
-    profile = truncation_curve(Delay(lag), [(x, y + 0.01)], squared, positions=300)
+    profile = measure_memory(Delay(lag), [(x, y + 0.01)], squared, positions=300)
     assert profile.k(0.01) == lag + 1
     assert profile.k_band(0.01) == (lag + 1, lag + 1)
 
@@ -50,7 +50,7 @@ def test_leaky_integrator_is_truncated_as_its_geometric_series_says(rate):
     x = torch.randn(64, 300, 1)
     y = Leaky()(x)
     data = [(x[i], y[i]) for i in range(64)]
-    profile = truncation_curve(Leaky(), data, squared, ks=(1, 2, 4, 8), positions=8000)
+    profile = measure_memory(Leaky(), data, squared, ks=(1, 2, 4, 8), positions=8000)
     expected = np.array([rate ** (2 * k) / (1 - rate**2) for k in profile.ks])
     np.testing.assert_allclose(profile.losses.mean(1), expected, rtol=0.15)
     assert profile.full < 1e-10
@@ -62,7 +62,7 @@ def test_curve_of_every_model_meets_the_full_loss(name):
     model = build_model(name, Interface(None, 3, 3), {"hidden_size": 6})
     data = [Example(x[:-1], x[1:]) for x in (torch.randn(n, 3) for n in (9, 40, 9, 23, 1_030))]
     reach = model.receptive_field or 1_029
-    profile = truncation_curve(model, data, squared, ks=(1, reach), positions=150)
+    profile = measure_memory(model, data, squared, ks=(1, reach), positions=150)
     assert model.training
     np.testing.assert_allclose(profile.losses[-1], profile.full_losses, rtol=1e-4, atol=1e-5)
     assert not np.allclose(profile.losses[0], profile.full_losses, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_loss_at_a_position_is_that_of_its_own_window():
     model = build_model("lstm", Interface(None, 3, 3), {"hidden_size": 6}).eval()
     x = torch.randn(12, 3)
     y = torch.randn(12, 3)
-    profile = truncation_curve(model, [(x, y)], squared, ks=(4,), positions=100)
+    profile = measure_memory(model, [(x, y)], squared, ks=(4,), positions=100)
     with torch.no_grad():
         outputs = [model(x[None, max(0, t - 3) : t + 1])[0, -1] for t in range(12)]
     naive = squared(torch.stack(outputs), y)
@@ -82,7 +82,7 @@ def test_loss_at_a_position_is_that_of_its_own_window():
 def test_sample_is_seeded_and_holds_no_position_twice():
     x = torch.arange(500.0)[:, None]
     curves = [
-        truncation_curve(Delay(0), [(x, 0 * x)], lambda o, t: o[..., 0], ks=(1,), positions=200, seed=s)
+        measure_memory(Delay(0), [(x, 0 * x)], lambda o, t: o[..., 0], ks=(1,), positions=200, seed=s)
         for s in (0, 0, 1)
     ]
     values = [c.full_losses.tolist() for c in curves]
@@ -114,16 +114,18 @@ def test_negative_losses_are_compared_by_their_size():
 
 
 def test_profile_turns_into_json_safe_values():
-    profile = truncation_curve(Delay(2), [(torch.randn(50, 1), torch.randn(50, 1))], squared)
+    profile = measure_memory(Delay(2), [(torch.randn(50, 1), torch.randn(50, 1))], squared)
     described = profile.to_dict()
     assert described["label"] == "estimate"
     assert described["positions"] == 50
     assert described["ks"] == sorted(described["ks"])
-    assert all(low <= mean <= high for low, mean, high in zip(*(described[k] for k in ("low", "mean", "high")), strict=True))
+    assert all(
+        low <= mean <= high for low, mean, high in zip(*(described[k] for k in ("low", "mean", "high")), strict=True)
+    )
 
 
 def test_nothing_to_measure_and_reduced_losses_are_refused():
     with pytest.raises(InputError, match="nothing to measure"):
-        truncation_curve(Delay(1), [], squared)
+        measure_memory(Delay(1), [], squared)
     with pytest.raises(InputError, match="reduction='none'"):
-        truncation_curve(Delay(1), [(torch.randn(9, 1), torch.randn(9, 1))], nn.MSELoss())
+        measure_memory(Delay(1), [(torch.randn(9, 1), torch.randn(9, 1))], nn.MSELoss())

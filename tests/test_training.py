@@ -24,7 +24,9 @@ QUICK = TrainingConfig(epochs=3, learning_rate=1e-2, batch_size=3, piece=20)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])
 def test_training_lowers_the_loss(tiny_music, optimizer, schedule):
-    config = replace(QUICK, epochs=12, optimizer=optimizer, schedule=schedule, learning_rate={"adamw": 0.03, "sgd": 0.5}[optimizer])
+    config = replace(
+        QUICK, epochs=12, optimizer=optimizer, schedule=schedule, learning_rate={"adamw": 0.03, "sgd": 0.5}[optimizer]
+    )
     run = TrainingRun(tiny_music, "lstm", {"hidden_size": 16}, config)
     model = run.run()
     history = run.progress.history
@@ -61,7 +63,7 @@ def test_groups_hold_every_sequence_once_and_differ_between_epochs():
     lengths = [5, 9, 5, 5, 7, 9, 5, 7]
     one = length_groups(lengths, 3, torch.Generator().manual_seed(1))
     two = length_groups(lengths, 3, torch.Generator().manual_seed(2))
-    assert sorted(sum(one, [])) == list(range(8))
+    assert sorted(i for group in one for i in group) == list(range(8))
     assert one != two
 
 
@@ -102,7 +104,10 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path, kind, model):
         assert resumed.keys() == once.keys()
         assert all(torch.equal(resumed[key], once[key]) for key in once)
     logs = [
-        [(r["epoch"], r["train_loss"], r["valid_loss"]) for r in map(json.loads, (f / "log.jsonl").read_text().splitlines())]
+        [
+            (r["epoch"], r["train_loss"], r["valid_loss"])
+            for r in map(json.loads, (f / "log.jsonl").read_text().splitlines())
+        ]
         for f in (interrupted, straight)
     ]
     assert logs[0] == logs[1]
@@ -195,4 +200,3 @@ def test_training_leaves_the_callers_generator_alone(tiny_music):
     torch.manual_seed(5)
     finished_run(tiny_music, None)
     assert torch.equal(torch.rand(1), expected)
-

@@ -3,13 +3,17 @@
 import errno
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unrecurrent.errors import InputError
+
+if TYPE_CHECKING:
+    from unrecurrent.data import DataFile
 
 app = typer.Typer(
     name="unrecurrent",
@@ -135,7 +139,12 @@ def train(
     contender = Contender.parse(model)
     found = get_task(task, data_dir=data_dir)
     recipe = find_recipe(found, contender.name, epochs)
-    given: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "patience": patience, "seed": seed}
+    given: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "patience": patience,
+        "seed": seed,
+    }
     training = replace(recipe.training, **{key: value for key, value in given.items() if value is not None})
     settings = {**recipe.settings, **contender.overrides}
     if "hidden_size" not in settings:
@@ -151,6 +160,90 @@ def train(
     else:
         print(f"{contender.label} on {found.name}: {metric.name} {scores['test']:.4f} {metric.unit} on test,")
         print(f"{scores['valid']:.4f} on validation (epoch {run.progress.best_epoch}). Checkpoint: {out}")
+
+
+@app.command(epilog="Example: unrecurrent certify runs/jsb-lstm --eps 0.01")
+def certify(
+    checkpoint: Annotated[Path, typer.Argument(help="The folder of a training run.")],
+    input_bound: Annotated[float | None, typer.Option(help="Inputs have no entry larger than this.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A task: the statement covers inputs in its test data's range.")
+    ] = None,
+    eps: Annotated[float, typer.Option(help="The change of the hidden state the horizon is about.")] = 1e-2,
+    method: Annotated[str, typer.Option(help="best, componentwise, spectral or miller-hardt.")] = "best",
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """What can be proved about a trained model: its rate and horizon, and under which assumptions."""
+    import torch
+
+    from unrecurrent.checkpoint import load_model
+    from unrecurrent.models.recurrent import RecurrentModel
+    from unrecurrent.tasks import get_task
+
+    model, config = load_model(checkpoint)
+    if not isinstance(model, RecurrentModel):
+        reach = f"an output depends on the last {model.receptive_field} inputs alone"
+        raise InputError(f"the model {config['model']!r} has no recurrent layer to certify: {reach}")
+    inputs = None
+    if data:
+        inputs = torch.cat([example.inputs for example in get_task(data, data_dir=data_dir).load("test")])
+    certificate = model.certificate(inputs=inputs, input_bound=input_bound, method=method)
+    horizon = certificate.horizon(eps)
+    if as_json:
+        _print_json({**certificate.to_dict(), "eps": eps, "horizon": horizon})
+        return
+    print(certificate)
+    if horizon is not None:
+        print(f"Proved: inputs more than {horizon:,} steps back change the hidden state by at most {eps:g}.")
+
+
+@data_app.command("list", epilog="Example: unrecurrent data list")
+def data_list(data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Which data sets there are, and where their files lie."""
+    from unrecurrent import data
+
+    _show_files(data.listing(data_dir), as_json)
+
+
+@data_app.command("check", epilog="Example: unrecurrent data check jsb")
+def data_check(
+    name: Annotated[str | None, typer.Argument(help="One data set (default: all).")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the files with their published checksums; exit code 1 if one is missing or damaged."""
+    from unrecurrent import data
+
+    files = data.check(name, data_dir)
+    _show_files(files, as_json)
+    raise typer.Exit(any(file.state != "ready" for file in files))
+
+
+@data_app.command("get", epilog="Example: unrecurrent data get jsb")
+def data_get(name: Annotated[str, typer.Argument(help="The data set to download.")], data_dir: DataDir = None) -> None:
+    """Download a data set from its public home; an interrupted download is continued."""
+    from unrecurrent import data
+
+    with data.progress_bar() as progress:
+        paths = data.fetch(name, data_dir, progress)
+    for path in paths:
+        print(path)
+
+
+def _show_files(files: Sequence["DataFile"], as_json: bool) -> None:
+    if as_json:
+        _print_json([{**asdict(file), "path": str(file.path)} for file in files])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("data set", "state", "file", "licence", box=None)
+    for file in files:
+        table.add_row(file.task, file.state, str(file.path), file.licence)
+        if file.note:
+            table.add_row("", "", file.note)
+    Console(soft_wrap=True).print(table)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,26 @@ from typing import Any
 
 import torch
 
+from unrecurrent.certificate import Certificate
 from unrecurrent.checkpoint import load_model
 from unrecurrent.errors import InputError
 from unrecurrent.jobs import job_folder, run_jobs
-from unrecurrent.memory import MemoryProfile, truncation_curve
-from unrecurrent.models import Settings, find_model_class, match_parameters
+from unrecurrent.memory import MemoryProfile, measure_memory
+from unrecurrent.models import SequenceModel, Settings, find_model_class, match_parameters
+from unrecurrent.models.recurrent import RecurrentModel
 from unrecurrent.recipes import Recipe, default_models, default_parameters, find_recipe, twin
 from unrecurrent.records import Record, make_record
 from unrecurrent.search import draw_recipes
 from unrecurrent.speed import Speed, measure_speed
-from unrecurrent.tasks import Example, Task, get_task
+from unrecurrent.tasks import SPLITS, Example, Task, get_task
 from unrecurrent.training import SCORING_COLUMNS, task_interface
 from unrecurrent.verdict import Candidate, Verdict, decide
 from unrecurrent.worker import Job
 
 #: k* is the smallest context whose loss is within this fraction of the full one
 DELTA = 0.01
+#: the certified horizon is about changes of the hidden state of this size
+HORIZON_EPS = 1e-2
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Entry:
     receptive_field: int | None
     speed: Speed
     memory: MemoryProfile
+    certificate: Certificate | None
 
 
 @dataclass(frozen=True)
@@ -283,14 +288,23 @@ class _Session:
         data = memory_data(self.task)
         scale = self.task.metric.scale
         profiles = [
-            truncation_curve(model, data, lambda o, t: scale * self.task.loss(o, t), positions=positions, delta=DELTA)
+            measure_memory(model, data, lambda o, t: scale * self.task.loss(o, t), positions=positions, delta=DELTA)
             for model in trained
         ]
         speeds = measure_speed(dict(zip(labels, trained, strict=True)), self.task)
         return [
-            Entry(c, recipe, result, model.receptive_field, speeds[c.label], profile)
+            Entry(c, recipe, result, model.receptive_field, speeds[c.label], profile, _certificate(model, self.task))
             for c, recipe, result, model, profile in zip(contenders, recipes, results, trained, profiles, strict=True)
         ]
+
+
+def _certificate(model: SequenceModel, task: Task) -> Certificate | None:
+    """Return what is proved of a recurrent model, for inputs in the range of the task's data."""
+    if not isinstance(model, RecurrentModel):
+        return None
+    if model.embedding is not None:
+        return model.certificate()
+    return model.certificate(inputs=torch.cat([x for split in SPLITS for x, _ in task.load(split)]))
 
 
 def memory_data(task: Task) -> list[Example]:
@@ -345,7 +359,14 @@ def _record(entry: Entry, task: Task, command: str) -> Record:
         generate_steps_per_s=round(entry.speed.generate, 1),
         peak_memory_mib=round(max(r["peak_memory_mib"] for r in entry.results), 1),
         k_star=entry.memory.k(DELTA),
+        **_proved(entry.certificate),
     )
+
+
+def _proved(certificate: Certificate | None) -> dict[str, Any]:
+    if certificate is None or not certificate.stable:
+        return {"certified_rate": None, "certified_horizon": None}
+    return {"certified_rate": certificate.rate, "certified_horizon": certificate.horizon(HORIZON_EPS)}
 
 
 def _training(result: Mapping[str, Any], scale: float) -> dict[str, Any]:

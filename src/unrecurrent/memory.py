@@ -106,7 +106,7 @@ def _smallest_k(ks: Sequence[int], means: np.ndarray, full: float, delta: float)
     return found
 
 
-def truncation_curve(
+def measure_memory(
     model: nn.Module,
     data: Sequence[Pair],
     loss_fn: LossFunction,
@@ -143,7 +143,7 @@ def truncation_curve(
     >>> x = torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
     >>> y = torch.roll(x, 2, dims=0) + 0.1
     >>> squared = lambda output, target: (output - target).square().sum(-1)
-    >>> truncation_curve(delay, [(x[2:], y[2:])], squared).k(0.01)
+    >>> measure_memory(delay, [(x[2:], y[2:])], squared).k(0.01)
     3
     """
     if not data or all(len(inputs) == 0 for inputs, _ in data):

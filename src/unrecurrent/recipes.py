@@ -28,37 +28,36 @@ def twin(model: str) -> str:
     return model.removeprefix("stable-")
 
 
-_MUSIC = TrainingConfig(epochs=60, learning_rate=4e-3, batch_size=8, schedule="cosine", weight_decay=0.1)
-_MUSIC_SETTINGS: dict[str, Settings] = {
-    "rnn": {"dropout": 0.4, "input_dropout": 0.0},
-    "lstm": {"dropout": 0.4, "input_dropout": 0.0},
-    "gru": {"dropout": 0.4, "input_dropout": 0.0},
-    "window": {"dropout": 0.3, "input_dropout": 0.1, "k": 4},
-    "tcn": {"dropout": 0.3, "input_dropout": 0.1, "layers": 2, "kernel_size": 3},
-    "gated-conv": {"dropout": 0.3, "input_dropout": 0.0, "layers": 3, "kernel_size": 2},
+_MUSIC = TrainingConfig(epochs=50, learning_rate=3e-3, batch_size=4, schedule="cosine", weight_decay=0.1)
+_FAST = replace(_MUSIC, learning_rate=1e-2)
+_MUSIC_RECIPES = {
+    "rnn": Recipe({"dropout": 0.3}, replace(_MUSIC, learning_rate=2e-3)),
+    "lstm": Recipe({"dropout": 0.3}, _FAST),
+    "gru": Recipe({"dropout": 0.3}, _FAST),
+    "window": Recipe({"dropout": 0.3, "k": 4}, _MUSIC),
+    "tcn": Recipe({"dropout": 0.3, "layers": 2, "kernel_size": 3}, _MUSIC),
+    "gated-conv": Recipe({"dropout": 0.3, "layers": 3, "kernel_size": 2}, _MUSIC),
 }
 _STREAM = TrainingConfig(epochs=3, learning_rate=3e-3, batch_size=32, piece=64, schedule="cosine")
-_STREAM_SETTINGS: dict[str, Settings] = {
-    "rnn": {"dropout": 0.1},
-    "lstm": {"dropout": 0.1},
-    "gru": {"dropout": 0.1},
-    "window": {"dropout": 0.1, "k": 16},
-    "tcn": {"dropout": 0.1, "layers": 4, "kernel_size": 3},
-    "gated-conv": {"dropout": 0.1, "layers": 6, "kernel_size": 5},
+_STREAM_RECIPES = {
+    "rnn": Recipe({"dropout": 0.1}, replace(_STREAM, learning_rate=1e-3)),
+    "lstm": Recipe({"dropout": 0.1}, _STREAM),
+    "gru": Recipe({"dropout": 0.1}, _STREAM),
+    "window": Recipe({"dropout": 0.1, "k": 16}, _STREAM),
+    "tcn": Recipe({"dropout": 0.1, "layers": 4, "kernel_size": 3}, _STREAM),
+    "gated-conv": Recipe({"dropout": 0.1, "layers": 6, "kernel_size": 5}, _STREAM),
 }
 
 
 def find_recipe(task: Task, model: str, epochs: int | None = None) -> Recipe:
     """Return how `model` is trained on `task`, with the number of epochs the user asked for."""
-    training, settings = (_STREAM, _STREAM_SETTINGS) if task.stream else (_MUSIC, _MUSIC_SETTINGS)
-    if epochs is not None:
-        training = replace(training, epochs=epochs)
-    return Recipe(dict(settings.get(twin(model), {})), training)
+    recipe = (_STREAM_RECIPES if task.stream else _MUSIC_RECIPES)[twin(model)]
+    return recipe if epochs is None else replace(recipe, training=replace(recipe.training, epochs=epochs))
 
 
 def default_parameters(task: Task) -> int:
     """Return the number of parameters every model gets when the user names none."""
-    return 300_000 if task.features is not None else 200_000
+    return 150_000 if task.features is not None else 200_000
 
 
 def default_models(task: Task) -> tuple[str, ...]:

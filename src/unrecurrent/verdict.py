@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from scipy import stats
+from scipy.special import stdtrit
 
 #: a feed-forward model within this fraction of the recurrent one is as good for practical purposes
 MARGIN = 0.01
@@ -93,7 +93,7 @@ class _Gap:
             return cls(relative, 0.0)
         parts = [v**2 / (len(c.test) - 1) for v, c in zip(variances, (recurrent, forward), strict=True)]
         freedom = sum(variances) ** 2 / sum(parts)
-        return cls(relative, float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error / scale)
+        return cls(relative, float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error / scale)
 
 
 def _best(candidates: Sequence[Candidate], sign: int) -> Candidate | None:

@@ -1,9 +1,10 @@
 """The recurrent models `rnn`, `lstm` and `gru`: torch's own layers with their fused kernels."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from unrecurrent.certificate import Certificate, certify
 from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
 
 
@@ -38,6 +39,16 @@ class RecurrentModel(SequenceModel):
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         hidden, state = self.recurrence(encoded, cache[0])
         return hidden, (state,)
+
+    def certificate(self, **inputs_covered: Any) -> Certificate:
+        """Return what can be proved about the recurrence in evaluation mode.
+
+        A model of symbols is certified for its embedding table, which is every input there is; for features say
+        which inputs to cover as for `certify` (`inputs=`, `input_bound=`, or nothing for all).
+        """
+        if self.embedding is not None:
+            inputs_covered = {**inputs_covered, "embedding": self.embedding}
+        return certify(self.recurrence, **inputs_covered)
 
 
 class RNN(RecurrentModel):
