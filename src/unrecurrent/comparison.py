@@ -198,6 +198,7 @@ def compare(
     contenders = contenders or [Contender.parse(text) for text in default_models(found)]
     if len({c.label for c in contenders}) < len(contenders):
         raise InputError("a model is named twice: name each once, or give it different settings")
+    found.load("train")  # missing data are reported, and first-time parsing is done, before any process starts
     with tempfile.TemporaryDirectory() as temporary:
         session = _Session(
             found,
