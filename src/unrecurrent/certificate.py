@@ -328,7 +328,8 @@ class Certificate:
 
         Both states must lie within the invariant bounds and read the same inputs.
         """
-        bounds = [_propagate(proof.propagator, self._cell(), e, steps) for proof in self.proofs]
+        cell = self._cell()
+        bounds = [_propagate(proof.propagator, cell, e, steps) for proof in self.proofs]
         return torch.stack(bounds).amin(0)
 
     def hidden(self, e: Tensor) -> Tensor:
