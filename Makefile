@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test lint types format results clean
 
 demo: .venv/demo-installed  ## does a recurrent model pay on real Bach chorales? table, verdict, report.html
 	$(BIN)/unrecurrent compare chorales --seeds 3 --epochs 30 --report report.html
@@ -17,6 +17,9 @@ lint: .venv/test-installed
 
 types: .venv/test-installed
 	$(BIN)/mypy
+
+results: .venv/test-installed  ## docs/results.md and the README's table from results/**/*.json
+	$(BIN)/python benchmarks/results_page.py
 
 format: .venv/test-installed
 	$(BIN)/ruff check --fix .

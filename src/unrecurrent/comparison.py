@@ -118,7 +118,6 @@ class Comparison:
             {
                 **record,
                 "model": entry.contender.label,
-                "receptive_field": entry.receptive_field,
                 "recurrent": entry.contender.recurrent,
             }
             for entry, record in zip(entries, self.records, strict=True)
@@ -359,6 +358,7 @@ def _record(entry: Entry, task: Task, command: str) -> Record:
         score_tokens_per_s=round(entry.speed.score, 1),
         generate_steps_per_s=round(entry.speed.generate, 1),
         peak_memory_mib=round(max(r["peak_memory_mib"] for r in entry.results), 1),
+        receptive_field=entry.receptive_field,
         k_star=entry.memory.k(DELTA),
         **_proved(entry.certificate),
     )
