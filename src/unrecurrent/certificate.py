@@ -46,6 +46,11 @@ STABLE_MARGIN = 1e-12
 # Rate: iterate at most this often, and stop when upper and lower bound agree to this relative tolerance.
 RATE_STEPS = 1000
 RATE_TOLERANCE = 1e-7
+# Where that many steps leave the bounds further apart than this share of 1 − rate, as they do for units that forget
+# slowly, a state of up to this size is worth solving linear equations for, this many times.
+POLISH_GAP = 1e-3
+POLISH_SIZE = 512
+POLISH_STEPS = 50
 TINY = 1e-300
 # Horizon: iterate at most this often, this many steps at a time, then extrapolate with the rate.
 HORIZON_STEPS = 10_000
@@ -73,7 +78,7 @@ def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
     if isinstance(propagator, Stack):
         return _stacked_rate(propagator, [contraction_rate(layer) for layer in propagator.layers])
     v = torch.ones(propagator.state_size, dtype=torch.float64)
-    best, best_v = math.inf, v
+    best, best_v, lower = math.inf, v, 0.0
     for _ in range(RATE_STEPS):
         moved = propagator.propagate(v)
         largest = float(moved.max())
@@ -88,6 +93,32 @@ def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
         if best - lower <= RATE_TOLERANCE * best:
             break
         v = (v / 2 + moved / (2 * largest)).clamp_min(TINY)
+    if math.isfinite(best) and best - lower > POLISH_GAP * abs(1 - best) and propagator.state_size <= POLISH_SIZE:
+        return _polished(propagator, best, best_v)
+    return best, best_v
+
+
+def _polished(propagator: Propagator, best: float, v: Tensor) -> tuple[float, Tensor]:
+    """Improve a rate and its weights v by Noda's iteration, v ← (λ − J)⁻¹ v with J the Jacobian of T at v.
+
+    T is the maximum of linear maps, J the one that is largest at v, and λ the bound that v proves, so that the inverse
+    is non-negative and v stays positive; convergence is quadratic. Every v proves its own bound, as ever.
+
+    Source: Noda, *Note on the computation of the maximal eigenvalue of a non-negative irreducible matrix*, 1971.
+    """
+    best_v, identity = v, torch.eye(len(v), dtype=v.dtype)
+    for _ in range(POLISH_STEPS):
+        ratios = propagator.propagate(v) / v
+        upper, lower = float(ratios.max()), float(ratios.min())
+        if upper < best:
+            best, best_v = upper, v
+        if upper - lower <= RATE_TOLERANCE * upper:
+            break
+        jacobian = torch.autograd.functional.jacobian(propagator.propagate, v, vectorize=True)
+        v, singular = torch.linalg.solve_ex(upper * (1 + 1e-12) * identity - jacobian, v)
+        if singular or not bool((v > 0).all() and v.isfinite().all()):
+            break
+        v = v / v.max()
     return best, best_v
 
 
