@@ -1,10 +1,12 @@
 """certify(): never looser than the plain propagator, sound end to end, and clear about what it needs."""
 
 import copy
+import doctest
 import json
 import math
 import pickle
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -570,3 +572,10 @@ def test_the_module_is_left_as_it_was() -> None:
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
     assert find_recurrent(module) == [("", module)]
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    page = Path(__file__).parents[1] / "docs" / "certificates.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert failed == 0
+    assert tried > 10
