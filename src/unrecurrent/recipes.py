@@ -22,10 +22,10 @@ class Recipe:
 def twin(model: str) -> str:
     """Return the unconstrained model whose settings a stable model takes over.
 
-    >>> twin("stable-lstm"), twin("tcn")
-    ('lstm', 'tcn')
+    >>> twin("stable-lstm"), twin("certified-gru"), twin("tcn")
+    ('lstm', 'gru', 'tcn')
     """
-    return model.removeprefix("stable-")
+    return model.removeprefix("stable-").removeprefix("certified-")
 
 
 _MUSIC = TrainingConfig(epochs=50, learning_rate=3e-3, batch_size=4, schedule="cosine", weight_decay=0.1)
@@ -51,8 +51,35 @@ _STREAM_RECIPES = {
 
 def find_recipe(task: Task, model: str, epochs: int | None = None) -> Recipe:
     """Return how `model` is trained on `task`, with the number of epochs the user asked for."""
-    recipe = (_STREAM_RECIPES if task.stream else _MUSIC_RECIPES)[twin(model)]
+    if not task.stream:
+        recipe = _MUSIC_RECIPES[twin(model)]
+    else:
+        recipe = _STREAM_RECIPES[twin(model)]
+        recipe = replace(recipe, training=_sized(recipe.training, _train_steps(task)))
     return recipe if epochs is None else replace(recipe, training=replace(recipe.training, epochs=epochs))
+
+
+#: optimizer steps a training on a stream should have at least, within the most passes worth their time
+STREAM_UPDATES, MOST_PASSES = 1_500, 30
+
+
+def _train_steps(task: Task) -> int:
+    return sum(len(example.inputs) for example in task.load("train"))
+
+
+def _sized(training: TrainingConfig, steps: int) -> TrainingConfig:
+    """Return the training with fewer columns and more passes where a stream is short.
+
+    >>> sized = _sized(_STREAM, 5_000_000)
+    >>> (sized.batch_size, sized.epochs) == (_STREAM.batch_size, _STREAM.epochs)
+    True
+    >>> _sized(_STREAM, 3_000).epochs
+    30
+    """
+    columns = min(training.batch_size, max(4, steps // (20 * training.piece)))
+    updates = max(1, steps // (columns * training.piece))
+    passes = min(MOST_PASSES, max(training.epochs, -(-STREAM_UPDATES // updates)))
+    return replace(training, batch_size=columns, epochs=passes)
 
 
 def default_parameters(task: Task) -> int:
