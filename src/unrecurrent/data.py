@@ -106,7 +106,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def _known(name: str) -> str:
-    if name.startswith("text:"):
+    if name.startswith(("text:", "series:")):
         raise InputError(f"{name!r} is a file of your own: there is nothing to get or check")
     get_task(name)
     return name

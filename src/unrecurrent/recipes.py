@@ -7,6 +7,7 @@ A stable model is trained with the settings of its unconstrained twin, the proto
 from dataclasses import dataclass, field, replace
 
 from unrecurrent.models import Settings
+from unrecurrent.tasks.series import SeriesTask
 from unrecurrent.tasks.task import Task
 from unrecurrent.training import TrainingConfig
 
@@ -47,16 +48,43 @@ _STREAM_RECIPES = {
     "tcn": Recipe({"dropout": 0.1, "layers": 4, "kernel_size": 3}, _STREAM),
     "gated-conv": Recipe({"dropout": 0.1, "layers": 6, "kernel_size": 5}, _STREAM),
 }
+# Series have few numbers a step and train in seconds: small networks, small batches, no dropout.
+_SERIES = TrainingConfig(learning_rate=3e-3, batch_size=4, schedule="cosine", weight_decay=0.01)
+_SERIES_RECIPES = {
+    "rnn": Recipe({}, replace(_SERIES, learning_rate=1e-3)),
+    "lstm": Recipe({}, _SERIES),
+    "gru": Recipe({}, _SERIES),
+    "window": Recipe({"k": 32}, _SERIES),
+    "tcn": Recipe({"layers": 4, "kernel_size": 3}, _SERIES),
+    "gated-conv": Recipe({"layers": 4, "kernel_size": 8}, _SERIES),
+}
 
 
 def find_recipe(task: Task, model: str, epochs: int | None = None) -> Recipe:
     """Return how `model` is trained on `task`, with the number of epochs the user asked for."""
-    if not task.stream:
+    if isinstance(task, SeriesTask):
+        recipe = _SERIES_RECIPES[twin(model)]
+        recipe = replace(recipe, training=_passed(recipe.training, len(task.load("train"))))
+    elif not task.stream:
         recipe = _MUSIC_RECIPES[twin(model)]
     else:
         recipe = _STREAM_RECIPES[twin(model)]
         recipe = replace(recipe, training=_sized(recipe.training, _train_steps(task)))
     return recipe if epochs is None else replace(recipe, training=replace(recipe.training, epochs=epochs))
+
+
+#: optimizer steps a training on a series should have, and the most passes over it
+SERIES_UPDATES, MOST_SERIES_PASSES = 800, 200
+
+
+def _passed(training: TrainingConfig, sequences: int) -> TrainingConfig:
+    """Return the training with as many passes over so many sequences as its number of optimizer steps asks for.
+
+    >>> _passed(_SERIES, 40).epochs, _passed(_SERIES, 4).epochs
+    (80, 200)
+    """
+    updates = -(-sequences // training.batch_size)
+    return replace(training, epochs=min(MOST_SERIES_PASSES, -(-SERIES_UPDATES // updates)))
 
 
 #: optimizer steps a training on a stream should have at least, within the most passes worth their time
@@ -84,6 +112,8 @@ def _sized(training: TrainingConfig, steps: int) -> TrainingConfig:
 
 def default_parameters(task: Task) -> int:
     """Return the number of parameters every model gets when the user names none."""
+    if isinstance(task, SeriesTask):
+        return 20_000
     return 150_000 if task.features is not None else 200_000
 
 

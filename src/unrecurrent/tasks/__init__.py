@@ -7,7 +7,10 @@ from pathlib import Path
 from unrecurrent.errors import InputError
 from unrecurrent.tasks.chorales import Chorales
 from unrecurrent.tasks.jsb import jsb_chorales
+from unrecurrent.tasks.measured_series import F16, CascadedTanks, ETTh1
 from unrecurrent.tasks.ptb_char import PTBChar
+from unrecurrent.tasks.series import PREFIX as _SERIES
+from unrecurrent.tasks.series import SeriesFile
 from unrecurrent.tasks.task import SPLITS, Example, Metric, Source, Split, Task
 from unrecurrent.tasks.text import TextTask
 
@@ -18,11 +21,14 @@ _TASKS: dict[str, Callable[[Path | None], Task]] = {
     "chorales": lambda data_dir: Chorales(),
     "jsb": jsb_chorales,
     "ptb-char": PTBChar,
+    "ETTh1": ETTh1,
+    "tanks": CascadedTanks,
+    "F16": F16,
 }
 
 
 def task_names() -> list[str]:
-    """Return the names of the benchmarks, in the order they are shown (`text:FILE` is not among them).
+    """Return the names of the benchmarks, in the order they are shown (files of the user's own are not among them).
 
     >>> task_names()[:2]
     ['chorales', 'jsb']
@@ -31,13 +37,14 @@ def task_names() -> list[str]:
 
 
 def get_task(name: str, *, data_dir: Path | None = None) -> Task:
-    """Return the task of that name: one of `task_names()`, or `text:FILE` for a text file of the user's own.
+    """Return the task of that name: one of `task_names()`, or a file of the user's own.
 
+    Files are `text:FILE` and `series:FILE.csv`, the latter with options as in `series:FILE.csv?target=OT&horizon=24`.
     The files of a benchmark are looked for below `data_dir`, else below `UNRECURRENT_DATA`, else in the user's cache.
-    A task reads them when it is loaded; a text file is read at once, for its vocabulary.
+    A task reads them when it is loaded; a file of the user's own is read at once, for its vocabulary or columns.
 
     Raises:
-        InputError: an unknown name (the message suggests the nearest), or a text file that cannot be used.
+        InputError: an unknown name (the message suggests the nearest), or a file that cannot be used.
 
     >>> get_task("jsb").metric.unit
     'nats a step'
@@ -46,13 +53,18 @@ def get_task(name: str, *, data_dir: Path | None = None) -> Task:
         if name == _TEXT:
             raise InputError("the task text: needs a file: write text:FILE with the path of a UTF-8 text file")
         return TextTask(name.removeprefix(_TEXT))
+    if name.startswith(_SERIES):
+        return SeriesFile(name)
     if name in _TASKS:
         return _TASKS[name](data_dir)
-    raise InputError(f"there is no task {name!r}: {_hint(name)}known tasks are {', '.join(_TASKS)} and text:FILE")
+    raise InputError(
+        f"there is no task {name!r}: {_hint(name)}known tasks are {', '.join(_TASKS)}, text:FILE and series:FILE.csv"
+    )
 
 
 def _hint(name: str) -> str:
-    near = get_close_matches(name.lower(), _TASKS, n=1)
+    folded = {known.lower(): known for known in _TASKS}
+    near = [folded[found] for found in get_close_matches(name.lower(), folded, n=1)]
     if not near and Path(name).expanduser().is_file():
-        near = [f"{_TEXT}{name}"]
+        near = [f"{_SERIES if Path(name).suffix.lower() == '.csv' else _TEXT}{name}"]
     return f"did you mean {near[0]!r}? " if near else ""

@@ -1,0 +1,160 @@
+"""A CSV file as named columns of text, with one clear sentence for whatever is wrong with it."""
+
+import csv
+import difflib
+import gzip
+import io
+import zlib
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from unrecurrent.errors import InputError
+
+#: what separates the columns: the one of these that is most frequent in the header
+SEPARATORS = ",;\t"
+#: what people write where a number is missing
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
+#: columns without a name are left out: they come from a separator at the end of each line
+UNNAMED = ""
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """The columns of a file, in order, and the line each row stands in."""
+
+    path: str
+    columns: dict[str, list[str]]
+    lines: list[int]
+
+    def column(self, name: str) -> list[str]:
+        """Return a column; one that is not there is an `InputError` that suggests the nearest."""
+        if name not in self.columns:
+            near = difflib.get_close_matches(name, self.columns, n=1, cutoff=0.4)
+            folded = [known for known in self.columns if known.casefold() == name.casefold()]
+            hint = f"did you mean {(folded or near)[0]!r}? " if folded or near else ""
+            raise InputError(f"{self.path} has no column {name!r}: {hint}its columns are {', '.join(self.columns)}")
+        return self.columns[name]
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a column as float64 `(rows,)`; a missing value or a word is an `InputError` with its line."""
+        column = self.column(name)
+        try:
+            values = np.array(column, dtype=np.float64)
+        except ValueError:
+            values = np.array([_number(text) for text in column])
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong):
+            raise self._not_a_number(name, int(wrong[0]))
+        return values
+
+    def is_numeric(self, name: str) -> bool:
+        """Say whether the first value that is not missing is a number."""
+        first = next((text for text in self.column(name) if text.lower() not in MISSING), "")
+        return bool(np.isfinite(_number(first)))
+
+    def dates(self, name: str) -> list[datetime]:
+        """Return a column of ISO 8601 dates; anything else is an `InputError` with its line."""
+        dates = []
+        for row, text in enumerate(self.column(name)):
+            date = iso_date(text)
+            if date is None:
+                raise InputError(
+                    f"{text!r} in line {self.lines[row]} of {self.path} is no date: write the column {name!r} in"
+                    " ISO form, as in 2026-01-31 or 2026-01-31 12:00:00"
+                )
+            dates.append(date)
+        return dates
+
+    def _not_a_number(self, name: str, row: int) -> InputError:
+        text, where = self.columns[name][row], f"line {self.lines[row]} of {self.path}"
+        if text.lower() in MISSING:
+            return InputError(f"the column {name!r} has no value in {where}: fill it in, or leave the column out")
+        return InputError(f"{text!r} in the column {name!r}, {where}, is not a finite number: correct it")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def iso_date(text: str) -> datetime | None:
+    """Return a date in ISO form, without its time zone once that has been applied; `None` if it is none.
+
+    >>> iso_date("2016-07-01 05:00:00"), iso_date("37.5")
+    (datetime.datetime(2016, 7, 1, 5, 0), None)
+    """
+    if not any(mark in text for mark in "-T:"):  # 20260131 would be read as a date: numbers are none here
+        return None
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    offset = date.utcoffset()
+    return date.replace(tzinfo=None) - offset if offset is not None else date
+
+
+def read_csv(path: Path) -> CsvTable:
+    """Read a CSV file (also `.csv.gz`) whose first line names the columns.
+
+    Raises:
+        InputError: the file is missing, empty, not UTF-8 text, has no rows, or rows of different lengths.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "tide.csv"
+    >>> _ = path.write_text("hour,level\\n0,1.5\\n1,1.7\\n", encoding="utf-8")
+    >>> read_csv(path).numbers("level")
+    array([1.5, 1.7])
+    """
+    text = _read_text(path)
+    first = text.split("\n", 1)[0]
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(SEPARATORS, key=first.count))
+    try:
+        header = [name.strip() for name in next(rows)]
+        filled = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise InputError(
+            f"{path} cannot be read as CSV ({error} in line {rows.line_num}): correct that line"
+        ) from error
+    _check_shape(path, header, filled)
+    kept = [i for i, name in enumerate(header) if name != UNNAMED]
+    columns = {header[i]: [row[i].strip() for _, row in filled] for i in kept}
+    return CsvTable(str(path), columns, [line for line, _ in filled])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}: give the path of a CSV file") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is a damaged gzip file: get it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give the path of a CSV file") from error
+    if not content.strip():
+        raise InputError(f"{path} is empty: give a CSV file whose first line names the columns")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as CSV in UTF-8") from error
+
+
+def _check_shape(path: Path, header: list[str], rows: list[tuple[int, list[str]]]) -> None:
+    named = [name for name in header if name != UNNAMED]
+    if len(set(named)) < len(named):
+        twice = next(name for name in named if named.count(name) > 1)
+        raise InputError(f"{path} has two columns named {twice!r}: rename one")
+    if any(np.isfinite(_number(name)) for name in named):
+        raise InputError(f"the first line of {path} holds numbers: put a line with the names of the columns before it")
+    if not rows:
+        raise InputError(f"{path} has a header and no rows: give a file with values in it")
+    for line, row in rows:
+        if len(row) != len(header):
+            raise InputError(
+                f"line {line} of {path} has {len(row)} values and the header {len(header)} names: correct that line"
+            )
