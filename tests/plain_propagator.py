@@ -148,7 +148,7 @@ class PlainStack:
             v = (v / 2 + moved / moved.max() / 2).clamp_min(1e-12)
         return best, best_v
 
-    def horizon(self, eps: float, steps: int = 2000) -> int | None:
+    def horizon(self, eps: float, steps: int = 1000) -> int | None:
         rate, v = self.rate()
         if rate >= 1:
             return None

@@ -29,6 +29,9 @@ TANH_PIECES = 16
 # The bounds on the state are tightened until they stop shrinking, or this many times.
 INVARIANT_STEPS = 500
 INVARIANT_TOLERANCE = 1e-12
+# Steps of the search for a weighted Euclidean norm in which an RNN contracts.
+BALANCE_STEPS = 60
+BALANCE_VECTORS = 8
 # Rows of data or of an embedding table that are multiplied by the input weights at a time.
 CHUNK = 4096
 TINY = 1e-300
@@ -244,6 +247,10 @@ class Propagator(ABC):
     def hidden(self, e: Tensor) -> Tensor:
         """The part of an error vector that bounds the output h of the (last) layer."""
 
+    def components(self, e: Tensor) -> Tensor:
+        """Bounds component by component, every unit of the (last) layer's output h among them."""
+        return self.hidden(e)
+
     @abstractmethod
     def readout(self, weight: Tensor) -> Tensor:
         """The matrix that turns `hidden(e)` into bounds on the change of `weight @ h`, row by row."""
@@ -307,6 +314,9 @@ class Stack(Propagator):
 
     def hidden(self, e: Tensor) -> Tensor:
         return self.layers[-1].hidden(e[..., -self.sizes[-1] :])
+
+    def components(self, e: Tensor) -> Tensor:
+        return self.layers[-1].components(e[..., -self.sizes[-1] :])
 
     def readout(self, weight: Tensor) -> Tensor:
         return self.layers[-1].readout(weight)
@@ -776,13 +786,14 @@ class GRUCell(DenseCell):
 
 
 class NormPropagator(Propagator):
-    """An error kept as one number, a norm of the difference of two states: T(E) = gain · E + input_gain · E_input.
+    """An error kept as one number, its norm E = ‖Δ / weights‖ of `order` 2 or infinity; Δ is the change of the state.
 
-    `order` is that of the norm, 2 or infinity; `reach` bounds the norm of a reachable state.
+    T(E) = gain · E + input_gain · E_input, where E_input is the norm of the layer below. `reach` bounds the norm of a
+    reachable state; `weights` (length of the state) are positive.
     """
 
-    def __init__(self, gain: float, input_gain: float, reach: float, order: float) -> None:
-        self.gain, self.input_gain, self.reach, self.order = gain, input_gain, reach, order
+    def __init__(self, gain: float, input_gain: float, reach: float, order: float, weights: Tensor) -> None:
+        self.gain, self.input_gain, self.reach, self.order, self.weights = gain, input_gain, reach, order, weights
 
     @property
     def state_size(self) -> int:
@@ -797,22 +808,58 @@ class NormPropagator(Propagator):
     def hidden(self, e: Tensor) -> Tensor:
         return e
 
+    def of(self, change: Tensor) -> Tensor:
+        """The norm of changes of the state (..., length of the state)."""
+        return torch.linalg.vector_norm(change / self.weights, self.order, dim=-1)
+
+    def components(self, e: Tensor) -> Tensor:
+        return e * self.weights
+
     def readout(self, weight: Tensor) -> Tensor:
         dual = 2 if self.order == 2 else 1
-        return torch.linalg.vector_norm(weight, dual, dim=1, keepdim=True)
+        return torch.linalg.vector_norm(weight * self.weights[-weight.shape[1] :], dual, dim=1, keepdim=True)
 
 
-def euclidean_rnn(cell: RNNCell) -> NormPropagator:
-    """The error of an RNN in the Euclidean norm: gain ‖diag(L) W‖₂, input gain ‖diag(L) U‖₂.
+def euclidean_rnn(cell: RNNCell, below: Tensor | None = None, weights: Tensor | None = None) -> NormPropagator:
+    """The error of an RNN in a weighted Euclidean norm: gain ‖D⁻¹ diag(L) W D‖₂, D = diag(weights), by default all 1.
 
-    It sees the signs in W, which the component-wise bound does not, and is often the tighter of the two.
+    It sees the signs in W, which the component-wise bound does not, and is often the tighter of the two. `below` holds
+    the weights of the layer below, in whose norm the input error comes; its gain is ‖D⁻¹ diag(L) U D_below‖₂.
     """
-    slope = cell.slope.unsqueeze(1)
-    gain = spectral_norm(slope * cell.weight_hh)
-    reach = float(cell.invariant().norm())
+    weights = torch.ones(cell.hidden_size, dtype=torch.float64) if weights is None else weights
+    slope = (cell.slope / weights).unsqueeze(1)
+    gain = spectral_norm(slope * cell.weight_hh * weights)
+    input_gain = 0.0 if below is None else spectral_norm(slope * cell.weight_ih * below)
+    reach = float((cell.invariant() / weights).norm())
     if not math.isfinite(reach) and gain < 1:
-        reach = max(float(cell.drive.magnitude.norm()) / (1 - gain), float(cell.start.magnitude.norm()))
-    return NormPropagator(gain, spectral_norm(slope * cell.weight_ih), reach, order=2)
+        push = float((cell.drive.magnitude / weights).norm())
+        reach = max(push / (1 - gain), float((cell.start.magnitude / weights).norm()))
+    return NormPropagator(gain, input_gain, reach, order=2, weights=weights)
+
+
+def balanced_weights(cell: RNNCell) -> Tensor:
+    """Weights D (H,) in whose norm the RNN contracts well: they make ‖D⁻¹ M D‖₂ small, M = diag(L) W.
+
+    The derivative of a singular value σ with vectors u, v by log D_j is σ (v_j² − u_j²), so at the best D the squares
+    of the leading left and right vectors agree; each step moves D towards that, with several vectors, weighted by σ^40,
+    because the leading values run together. Subspace iteration follows the vectors from step to step. Any positive
+    weights are sound, so the search need not be exact.
+    """
+    matrix = cell.slope.unsqueeze(1) * cell.weight_hh
+    size, count = len(matrix), min(BALANCE_VECTORS, len(matrix))
+    log_d = torch.zeros(size, dtype=torch.float64)
+    right = torch.linalg.qr(torch.randn(size, count, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[
+        0
+    ]
+    for step in range(BALANCE_STEPS):
+        d = log_d.exp().unsqueeze(1)
+        left, values, mix = torch.linalg.svd(matrix @ (d * right) / d, full_matrices=False)
+        share = (values / values[0].clamp_min(TINY)) ** 40
+        floor = 1e-3 * share.sum().clamp_min(TINY) / size
+        balance = (left.square() @ share + floor) / ((right @ mix.mT).square() @ share + floor)
+        right = torch.linalg.qr(d * (matrix.T @ (left / d)))[0]
+        log_d = log_d + 0.25 * (1 - step / BALANCE_STEPS) * balance.log()
+    return (log_d - log_d.mean()).exp()
 
 
 def spectral_norm(matrix: Tensor) -> float:

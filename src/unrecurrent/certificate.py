@@ -32,6 +32,7 @@ from unrecurrent.cells import (
     Stack,
     StackedCell,
     StateLayout,
+    balanced_weights,
     build_cells,
     euclidean_rnn,
     find_recurrent,
@@ -155,11 +156,11 @@ class Readout:
     weight: Tensor | None = None
     log_softmax: bool = False
 
-    def change(self, propagator: Propagator, errors: Tensor) -> Tensor:
+    def change(self, propagator: Stack, errors: Tensor) -> Tensor:
         """Largest change of any output for each error vector in `errors` (n, state_size), as (n,)."""
-        hidden = propagator.hidden(errors)
         if self.weight is None:
-            return hidden.amax(-1)
+            return propagator.components(errors).amax(-1)
+        hidden = propagator.hidden(errors)
         change = self._largest(propagator, self.weight, hidden)
         if not self.log_softmax:
             return change
@@ -168,7 +169,7 @@ class Readout:
         return 2 * torch.minimum(change, self._largest(propagator, self.weight - common, hidden))
 
     @staticmethod
-    def _largest(propagator: Propagator, weight: Tensor, hidden: Tensor) -> Tensor:
+    def _largest(propagator: Stack, weight: Tensor, hidden: Tensor) -> Tensor:
         return (hidden @ propagator.readout(weight).T).amax(-1)
 
     @property
@@ -183,12 +184,12 @@ class Proof:
     """A propagator with a rate, and the weights v that prove it."""
 
     method: str
-    propagator: Propagator
+    propagator: Stack
     rate: float
     weights: Tensor
 
     @classmethod
-    def of(cls, method: str, propagator: Propagator) -> "Proof":
+    def of(cls, method: str, propagator: Stack) -> "Proof":
         return cls(method, propagator, *contraction_rate(propagator))
 
     @classmethod
@@ -263,45 +264,61 @@ def _steps_until(eps: float, change: float, factor: float) -> float:
 # The conditions of Miller and Hardt
 
 
-def miller_hardt(cell: Cell) -> tuple[NormPropagator, tuple[str, ...]]:
-    """The conditions of Miller and Hardt, *Stable Recurrent Models* (ICLR 2019), and the sentences on those not met.
+def miller_hardt(cell: Cell) -> NormPropagator:
+    """The rate that goes with the conditions of Miller and Hardt, *Stable Recurrent Models* (ICLR 2019).
 
-    RNN: ‖W‖₂ < 1, rate ‖W‖₂. LSTM, with ‖·‖_∞ the largest absolute row sum, b_f the sum of both biases, B_x ≥ ‖x‖_∞
-    and F = σ(‖W_f‖_∞ + B_x ‖U_f‖_∞ + ‖b_f‖_∞): ‖W_i‖_∞, ‖W_o‖_∞ < 1 − F, ‖W_z‖_∞ < (1 − F)/4, ‖W_f‖_∞ < (1 − F)²;
-    rate F + (‖W_i‖_∞ + ‖W_o‖_∞)/4 + ‖W_z‖_∞ + ‖W_f‖_∞/(4 (1 − F)), a contraction factor of max(‖Δc‖_∞, ‖Δh‖_∞).
+    RNN: ‖W‖₂. LSTM: F + (‖W_i‖_∞ + ‖W_o‖_∞)/4 + ‖W_z‖_∞ + ‖W_f‖_∞/(4 (1 − F)), a contraction factor of
+    max(‖Δc‖_∞, ‖Δh‖_∞), with F as in `_unmet_conditions`.
+    """
+    ones = torch.ones(cell.state_size, dtype=torch.float64)
+    if isinstance(cell, RNNCell):
+        gain, input_gain = spectral_norm(cell.weight_hh), spectral_norm(cell.weight_ih)
+        return NormPropagator(gain, input_gain, euclidean_rnn(cell).reach, order=2, weights=ones)
+    lstm = _as_lstm(cell)
+    spare = _spare(lstm)
+    gain, input_gain = 1 - spare + _sum_test(lstm.weight_hh, spare), _sum_test(lstm.weight_ih, spare)
+    return NormPropagator(gain, input_gain, float(lstm.invariant().max()), order=math.inf, weights=ones)
+
+
+def _as_lstm(cell: Cell) -> LSTMCell:
+    if isinstance(cell, LSTMCell):
+        return cell
+    kind = type(cell).__name__
+    raise InputError(f"the conditions of Miller and Hardt are about RNN and LSTM, not {kind}: use method='best'")
+
+
+def _sum_test(weight: Tensor, spare: float) -> float:
+    i, f, z, o = _row_sums(weight)
+    return (i + o) / 4 + z + (f / (4 * spare) if spare else math.inf)
+
+
+def _row_sums(weight: Tensor) -> list[float]:
+    """‖·‖_∞ of each gate's weights, i, f, z, o: the largest absolute sum over a row."""
+    return [float(rows.abs().sum(1).max()) for rows in weight.chunk(4)]
+
+
+def _spare(cell: LSTMCell) -> float:
+    """1 − F with F = σ(‖W_f‖_∞ + B_x ‖U_f‖_∞ + ‖b_f‖_∞), b_f the sum of both biases and B_x the bound on the inputs."""
+    w_f, u_f = _row_sums(cell.weight_hh)[1], _row_sums(cell.weight_ih)[1]
+    argument = w_f + float(cell.drive_bias().chunk(4)[1].abs().max())
+    if u_f:
+        argument += cell.input_bound * u_f
+    return float(torch.sigmoid(torch.tensor(-argument, dtype=torch.float64)))
+
+
+def _unmet_conditions(cell: Cell) -> tuple[str, ...]:
+    """Sentences on the conditions of Miller and Hardt that do not hold.
+
+    RNN: ‖W‖₂ < 1. LSTM: ‖W_i‖_∞, ‖W_o‖_∞ < 1 − F, ‖W_z‖_∞ < (1 − F)/4, ‖W_f‖_∞ < (1 − F)².
     """
     if isinstance(cell, RNNCell):
-        norm = spectral_norm(cell.weight_hh)
-        spread = euclidean_rnn(cell)
-        propagator = NormPropagator(norm, spectral_norm(cell.weight_ih), spread.reach, order=2)
-        return propagator, _unmet({"‖W‖₂": (norm, 1.0)})
-    if not isinstance(cell, LSTMCell):
-        raise InputError(
-            f"the conditions of Miller and Hardt are about RNN and LSTM, not {type(cell).__name__}: use 'best'"
-        )
-    w_i, w_f, w_z, w_o = (float(w.abs().sum(1).max()) for w in cell.weight_hh.chunk(4))
-    u_i, u_f, u_z, u_o = (float(u.abs().sum(1).max()) for u in cell.weight_ih.chunk(4))
-    b_f = float(cell.drive_bias().chunk(4)[1].abs().max())
-    argument = w_f + (cell.input_bound * u_f if u_f else 0.0) + b_f
-    spare = 1 / (1 + math.exp(argument)) if argument < 700 else 0.0
-    forget = 1 - spare
-
-    def gain(i: float, f: float, z: float, o: float) -> float:
-        return (i + o) / 4 + z + (f / (4 * spare) if spare else math.inf)
-
-    propagator = NormPropagator(
-        forget + gain(w_i, w_f, w_z, w_o), gain(u_i, u_f, u_z, u_o), float(cell.invariant().max()), order=math.inf
-    )
-    limits = {
-        "‖W_i‖_∞": (w_i, spare),
-        "‖W_o‖_∞": (w_o, spare),
-        "‖W_z‖_∞": (w_z, spare / 4),
-        "‖W_f‖_∞": (w_f, spare**2),
-    }
-    return propagator, _unmet(limits)
-
-
-def _unmet(conditions: dict[str, tuple[float, float]]) -> tuple[str, ...]:
+        conditions = {"‖W‖₂": (spectral_norm(cell.weight_hh), 1.0)}
+    else:
+        lstm = _as_lstm(cell)
+        spare = _spare(lstm)
+        i, f, z, o = _row_sums(lstm.weight_hh)
+        limits = {"i": (i, spare), "f": (f, spare**2), "z": (z, spare / 4), "o": (o, spare)}
+        conditions = {f"‖W_{gate}‖_∞": pair for gate, pair in limits.items()}
     return tuple(
         f"{name} is {value:.4g} but must be below {limit:.4g}"
         for name, (value, limit) in conditions.items()
@@ -335,7 +352,7 @@ class Certificate:
     name: str = ""
     proofs: tuple[Proof, ...] = ()
     readout: Readout = field(default_factory=Readout)
-    cell: Cell | None = None
+    cell: StackedCell | None = None
     layout: StateLayout | None = None
     input_bound: float = math.inf
 
@@ -385,7 +402,7 @@ class Certificate:
         `batch_first` makes no difference to it.
         """
         cell = self._cell()
-        first = cell.cells[0] if isinstance(cell, StackedCell) else cell
+        first = cell.cells[0]
         if not isinstance(first, DenseCell):
             raise InputError("a cell of your own states its inputs itself: holds_for knows only torch's modules")
         within = first.allows(x) and float(x.detach().abs().max()) <= self.input_bound
@@ -418,7 +435,7 @@ class Certificate:
         lines += [f"  layer {n}: {_summary(layer)}" for n, layer in enumerate(self.layers)]
         return "\n".join(lines)
 
-    def _cell(self) -> Cell:
+    def _cell(self) -> StackedCell:
         if self.cell is None:
             raise InputError("only the certificate of one recurrent module has a state: use those in .layers")
         return self.cell
@@ -429,21 +446,18 @@ def _summary(certificate: Certificate) -> str:
     return f"{'stable' if certificate.stable else 'not proved stable'}, {rate} ({certificate.method})"
 
 
-def _propagate(propagator: Propagator, cell: Cell, e: Tensor, steps: int) -> Tensor:
+def _propagate(propagator: Stack, cell: StackedCell, e: Tensor, steps: int) -> Tensor:
     """T^steps(e), for errors component by component even where the propagator keeps one norm a layer."""
-    normed = isinstance(propagator, Stack) and isinstance(propagator.layers[0], NormPropagator)
-    if not normed:
+    norms = [layer for layer in propagator.layers if isinstance(layer, NormPropagator)]
+    if not norms:
         for _ in range(steps):
             e = propagator.propagate(e)
         return e
-    assert isinstance(cell, StackedCell)
-    assert isinstance(propagator, Stack)
-    orders = [layer.order for layer in propagator.layers if isinstance(layer, NormPropagator)]
-    parts = zip(e.split(cell.sizes, -1), orders, strict=True)
-    norms = torch.stack([torch.linalg.vector_norm(part, order, dim=-1) for part, order in parts], -1)
+    parts = zip(norms, e.split(cell.sizes, -1), strict=True)
+    packed = torch.stack([norm.of(part) for norm, part in parts], -1)
     for _ in range(steps):
-        norms = propagator.propagate(norms)
-    return norms.repeat_interleave(torch.tensor(cell.sizes), -1)
+        packed = propagator.propagate(packed)
+    return torch.cat([norm.components(packed[..., n : n + 1]) for n, norm in enumerate(norms)], -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,50 +547,42 @@ def _certify_cell(cell: Cell, method: str, readout: Readout, assumptions: tuple[
         raise InputError(
             f"the readout reads {readout.weight.shape[1]} units, but the last layer has {cell.hidden_size}"
         )
-    layers = [_prove(layer, method) for layer in stack.cells]
-    common = [name for name in layers[0].proofs if all(name in layer.proofs for layer in layers)]
+    unmet = [_unmet_conditions(layer) if method == "miller-hardt" else () for layer in stack.cells]
+    by_layer: list[list[Proof]] = [[] for _ in stack.cells]
     proofs = []
-    for name in common:
-        parts = [layer.proofs[name] for layer in layers]
-        whole = stack if name == "componentwise" else Stack([part.propagator for part in parts])
-        proofs.append(Proof.of_stack(parts, whole))
-    unmet = [sentence for layer in layers for sentence in layer.unmet]
-    certificate = _certificate(proofs, unmet, assumptions, readout, stack)
-    if len(layers) == 1:
+    for name, propagators in _ways(stack.cells, method):
+        parts = [Proof.of(name, Stack([propagator])) for propagator in propagators]
+        for layer, part in zip(by_layer, parts, strict=True):
+            layer.append(part)
+        proofs.append(Proof.of_stack(parts, stack if name == "componentwise" else Stack(propagators)))
+    certificate = _certificate(proofs, [sentence for layer in unmet for sentence in layer], assumptions, readout, stack)
+    if len(stack.cells) == 1:
         return certificate
-    parts_certified = tuple(
-        _certificate(list(layer.proofs.values()), layer.unmet, assumptions, Readout(), part)
-        for layer, part in zip(layers, stack.cells, strict=True)
+    layers = (
+        _certificate(found, missing, assumptions, Readout(), StackedCell([cell]))
+        for found, missing, cell in zip(by_layer, unmet, stack.cells, strict=True)
     )
-    return replace(certificate, layers=parts_certified)
+    return replace(certificate, layers=tuple(layers))
 
 
-@dataclass(frozen=True, eq=False)
-class _Proved:
-    """The proofs found for one layer, by method, and the sentences on conditions it does not meet."""
-
-    proofs: dict[str, Proof]
-    unmet: tuple[str, ...] = ()
-
-
-def _prove(cell: Cell, method: str) -> _Proved:
+def _ways(cells: Sequence[Cell], method: str) -> Iterator[tuple[str, Sequence[Propagator]]]:
+    """The ways to bound the error of a stack that `method` allows: their names, and one propagator a layer."""
     if method == "miller-hardt":
-        propagator, unmet = miller_hardt(cell)
-        return _Proved({method: Proof.of(method, propagator)}, unmet)
-    proofs = {}
+        yield method, [miller_hardt(cell) for cell in cells]
     if method in ("best", "componentwise"):
-        proofs["componentwise"] = Proof.of("componentwise", cell)
-    if method == "spectral" or (method == "best" and isinstance(cell, RNNCell)):
-        if not isinstance(cell, RNNCell):
-            raise InputError(
-                f"a spectral certificate is about plain RNNs, not {type(cell).__name__}: use method='best'"
-            )
-        proofs["spectral"] = Proof.of("spectral", euclidean_rnn(cell))
-    return _Proved(proofs)
+        yield "componentwise", cells
+    rnns = [cell for cell in cells if isinstance(cell, RNNCell)]
+    if method == "spectral" and len(rnns) < len(cells):
+        kind = next(type(cell).__name__ for cell in cells if not isinstance(cell, RNNCell))
+        raise InputError(f"a spectral certificate is about plain RNNs, not {kind}: use method='best'")
+    if method in ("best", "spectral") and len(rnns) == len(cells):
+        for weights in ([torch.ones_like(cell.slope) for cell in rnns], [balanced_weights(cell) for cell in rnns]):
+            below = [None, *weights[:-1]]
+            yield "spectral", [euclidean_rnn(*each) for each in zip(rnns, below, weights, strict=True)]
 
 
 def _certificate(
-    proofs: Sequence[Proof], unmet: Sequence[str], assumptions: tuple[str, ...], readout: Readout, cell: Cell
+    proofs: Sequence[Proof], unmet: Sequence[str], assumptions: tuple[str, ...], readout: Readout, cell: StackedCell
 ) -> Certificate:
     best = min(proofs, key=lambda proof: proof.rate)
     stable = best.contracts and not unmet
