@@ -19,8 +19,9 @@ State = tuple[Tensor, ...]
 
 # Below this many multiply-adds the call overhead of oneDNN's product exceeds what it saves.
 _ONEDNN_PAYS = 2_000_000
-_CALIBRATION_ROWS = ((1, 16), (2, 128))  # (at least so many chunks, at least so many rows)
-_CALIBRATION_STEPS = 8
+_CALIBRATION_STEPS = 32
+_FEW_ROWS, _MANY_ROWS, _MOST_ROWS = 16, 128, 512
+_CHEAP_STEP = 1e-4  # seconds; below this a step with _MOST_ROWS is measured too
 
 
 class Engine(Protocol):
@@ -176,9 +177,10 @@ def _onednn_available() -> bool:
 def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engine:
     """The fastest engine that gives what is asked: the module itself wherever gradients or another device are."""
     module = plain.module
-    loops = type(module) in (nn.RNN, nn.GRU) and not module.bidirectional
-    on_processor = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    if loops and on_processor and not differentiable:
+    if differentiable or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return plain
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if type(module) in (nn.RNN, nn.GRU) and not module.bidirectional and not hooked:
         return LoopEngine(module)  # type: ignore[arg-type]
     return plain
 
@@ -189,7 +191,7 @@ def parts_of(state: Any) -> State:
 
 
 def _layer_states(module: nn.RNNBase) -> State:
-    layers, like = module.num_layers * (1 + module.bidirectional), module.weight_hh_l0
+    layers, like = module.num_layers * (1 + module.bidirectional), next(module.parameters())
     hidden = like.new_empty(layers, 1, module.proj_size or module.hidden_size)
     return (hidden, like.new_empty(layers, 1, module.hidden_size)) if module.mode == "LSTM" else (hidden,)
 
@@ -214,28 +216,40 @@ def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
     """Measure (once a process for each kind of module, batch, type, device and number of threads) what a step costs."""
     key = (type(engine), *_kind(plain, x))
     if key not in _costs:
-        few, many = (x.shape[1] * max(least, -(-rows // x.shape[1])) for least, rows in _CALIBRATION_ROWS)
         with torch.no_grad():
-            at_few, at_many = (_batched_step(engine, x, rows) for rows in (few, many))
-        per_row = max((at_many - at_few) / (many - few), 1e-3 * at_many / many)
-        _costs[key] = StepCost(sequential_step(plain, x), max(at_few - per_row * few, 0.05 * at_few), per_row)
+            _costs[key] = _measure_cost(engine, plain, x)
     return _costs[key]
+
+
+def _measure_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
+    batch = x.shape[1]
+    few = batch * -(-_FEW_ROWS // batch)
+    many = batch * max(2, -(-_MANY_ROWS // batch))
+    at_few, at_many = _batched_step(engine, x, few), _batched_step(engine, x, many)
+    if at_many < _CHEAP_STEP and many < _MOST_ROWS:
+        many *= _MOST_ROWS // _MANY_ROWS
+        at_many = _batched_step(engine, x, many)
+    per_row = max((at_many - at_few) / (many - few), 0.1 * at_many / many)
+    return StepCost(sequential_step(plain, x), max(at_few - per_row * few, 0.05 * at_few), per_row)
 
 
 def sequential_step(plain: ModuleEngine, x: Tensor) -> float:
     """Seconds a step of the user's own run takes, measured once a process for each kind of module and input.
 
-    From the difference of two lengths, so that the cost of the call itself is not multiplied by T.
+    On a sixteenth of the sequence: a shorter piece would not show what a long one costs in memory traffic.
     """
     key = _kind(plain, x)
     if key not in _sequential:
+        steps = max(min(len(x), 64), min(len(x) // 16, 2048))
         with torch.no_grad():
-            _sequential[key] = _sequential_step(plain, x)
+            seconds = _shortest(lambda: plain.advance(x[:steps], plain.zero_state(x.shape[1])), x.device)
+        _sequential[key] = seconds / steps
     return _sequential[key]
 
 
 def _kind(plain: ModuleEngine, x: Tensor) -> tuple[object, ...]:
-    return repr(plain.module), tuple(x.shape[1:]), x.dtype, x.device, torch.get_num_threads()
+    shapes = tuple(parameter.shape for parameter in plain.module.parameters())
+    return repr(plain.module), shapes, tuple(x.shape[1:]), x.dtype, x.device, torch.get_num_threads()
 
 
 def _batched_step(engine: Engine, x: Tensor, rows: int) -> float:
@@ -244,26 +258,19 @@ def _batched_step(engine: Engine, x: Tensor, rows: int) -> float:
     return _shortest(lambda: engine.advance(block, engine.zero_state(rows)), x.device) / len(block)
 
 
-def _sequential_step(plain: ModuleEngine, x: Tensor) -> float:
-    def seconds(steps: int) -> float:
-        return _shortest(lambda: plain.advance(x[:steps], plain.zero_state(x.shape[1])), x.device)
-
-    short, long = min(8, len(x)), min(72, len(x))
-    together = seconds(long)
-    if long == short:
-        return together / long
-    return max((together - seconds(short)) / (long - short), 0.5 * together / long)
-
-
 def _shortest(run: Callable[[], object], device: torch.device) -> float:
-    times = []
+    """The shortest of up to three runs; one that takes long is not repeated, its first-call costs being small."""
+    shortest, spent = float("inf"), 0.0
     for _ in range(3):
         _wait(device)
         begun = time.perf_counter()
         run()
         _wait(device)
-        times.append(time.perf_counter() - begun)
-    return min(times)
+        seconds = time.perf_counter() - begun
+        shortest, spent = min(shortest, seconds), spent + seconds
+        if spent > 0.005:
+            break
+    return shortest
 
 
 def _wait(device: torch.device) -> None:

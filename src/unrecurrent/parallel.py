@@ -1,13 +1,14 @@
 """Run a recurrent layer in parallel over time, and check that the answer is the sequential one.
 
-The sequence is cut into chunks that run as one batch. Each chunk first reads `warmup` inputs from before its start, from
-the zero state; the first chunk starts from the true h0. The state a chunk starts its kept part from must agree with the
-end state of the chunk before it (`mismatch`), and what a wrong start state does to the outputs (`gain`) is measured or
-proved. Where the check fails and cannot be mended cheaply, the user's own module runs step by step. See docs/parallel.md.
+The sequence is cut into chunks that run as one batch. Each chunk first reads `warmup` inputs from before its start,
+from the zero state; the first chunk starts from the true h0. The state a chunk starts its kept part from must agree
+with the end state of the chunk before it (`mismatch`), and what a wrong start state does to the outputs (`gain`) is
+measured or proved. Where the check fails and cannot be mended cheaply, the user's own module runs step by step. The
+plain reference is `chunked_reference`; how it all works is told in docs/parallel.md.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -17,18 +18,28 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unrecurrent.certificate import Certificate
-from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, choose_engine, parts_of, sequential_step, step_cost
+from unrecurrent.engines import (
+    Engine,
+    ModuleEngine,
+    State,
+    StepCost,
+    choose_engine,
+    parts_of,
+    sequential_step,
+    step_cost,
+)
 from unrecurrent.errors import InputError
 
 Verify = Literal["pilot", "outputs"]
 
 _BLOCK = 32  # steps between two looks at the states; bounds the working memory
-_PILOT_BLOCK = 8
+_PILOT_BLOCK = 16
 _PILOT_ROWS = 16
 _GAIN_CHUNKS = 8
 _SHORTEST = 1024  # below this many steps a pilot costs more than the chunks can save
-_ATTEMPT_SHARE = 0.45  # a failed attempt may cost this share of the sequential run
-_PILOT_SHARE = 0.15
+_ATTEMPT_SHARE = 0.45  # of the sequential run: what may be spent before all boundaries agree
+_CHECKED_SHARE = 0.8  # what may be spent in all, once they do
+_PILOT_SHARE = 0.1
 _MOST_ROWS = 4096
 _SPAN_BYTES = 1 << 28
 
@@ -214,8 +225,7 @@ class _Attempt:
 
     def mismatch(self) -> Tensor:
         """For chunks 1, 2, …: distance between its start state and the end state of the chunk before it."""
-        parts = [_distance(start, end[:, :-1]) for start, end in zip(self.starts, self.ends, strict=True)]
-        return torch.stack(parts).amax(0)
+        return _far(self.starts, tuple(end[:, :-1] for end in self.ends))
 
     def sweep(self, chunks: Tensor) -> None:
         """Run the given chunks (of 1, 2, …) again, each from the end state of the chunk before it."""
@@ -227,25 +237,40 @@ class _Attempt:
         self.starts = _replace(self.starts, chunks - 1, begin_state)
         self.ends = _replace(self.ends, chunks, self._split(state))
 
-    def gain(self, chunks: Tensor, tol: float) -> Tensor:
+    def gain_of_some(self, chunks: Tensor, tol: float) -> Tensor:
         """Largest change of a kept output or end state per change of start state, for each of the given chunks.
 
-        Each chunk runs beside a copy of itself from a perturbed state, until the two states are equal bit for bit (then
-        all that follows is) or the chunk ends.
+        Each chunk runs beside a copy of itself from a perturbed state, until the two states agree to rounding.
         """
         base = tuple(part[:, chunks - 1] for part in self.starts)
         other = _perturbed(base, tol)
-        size = torch.stack([_distance(a, b) for a, b in zip(base, other, strict=True)]).amax(0)
         state: State = tuple(torch.cat([a, b], dim=1).flatten(1, 2) for a, b in zip(base, other, strict=True))
+        size = apart = _far(base, other)
         worst = torch.zeros_like(size)
         for begin, end in self._kept_blocks():
             inputs = self._inputs(1, begin, end)[chunks - 1]
             y, state = self._advance(torch.cat([inputs, inputs]), state)
-            worst = torch.maximum(worst, (y[: len(chunks)] - y[len(chunks) :]).abs().flatten(1).amax(1).to(worst))
-            apart = _halves_apart(self._split(state))
-            if not apart.any():
-                return worst / size
-        return torch.maximum(worst, apart.to(worst)) / size
+            worst = torch.maximum(worst, _change(y[: len(chunks)], y[len(chunks) :]))
+            a, b = zip(*(part.chunk(2, dim=1) for part in self._split(state)), strict=True)
+            apart = _far(a, b)
+            if not (apart > _rounding(state)).any():
+                break
+        return torch.maximum(worst, apart) / size
+
+    def gain_of_all(self, tol: float) -> Tensor:
+        """The same for chunks 1, 2, … in one batch, each against the outputs it has already given, to its very end."""
+        assert self.y is not None
+        other = _perturbed(self.starts, tol)
+        table = self.y.unflatten(0, (self.plan.chunks, self.plan.length))
+        state: State = tuple(part.flatten(1, 2) for part in other)
+        size = _far(self.starts, other)
+        worst = torch.zeros_like(size)
+        for begin, end in self._kept_blocks():
+            y, state = self._advance(self._inputs(1, begin, end), state)
+            kept = table[1:, begin - self.plan.warmup : end - self.plan.warmup]
+            worst = torch.maximum(worst, _change(y, kept))
+        apart = _far(self._split(state), tuple(part[:, 1:] for part in self.ends))
+        return torch.maximum(worst, apart) / size
 
     def _kept_blocks(self) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length
@@ -253,14 +278,17 @@ class _Attempt:
             yield begin, min(end, begin + self.block)
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """Max-norm distance for each chunk of states (layers, chunks, B, ...)."""
-    return (a - b).abs().transpose(0, 1).flatten(1).amax(1)
+def _far(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Max-norm distance for each chunk, over all parts of the states (layers, chunks, B, ...)."""
+    return torch.stack([(x - y).abs().transpose(0, 1).flatten(1).amax(1) for x, y in zip(a, b, strict=True)]).amax(0)
 
 
-def _halves_apart(state: State) -> Tensor:
-    half = state[0].shape[1] // 2
-    return torch.stack([_distance(part[:, :half], part[:, half:]) for part in state]).amax(0)
+def _change(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().flatten(1).amax(1)
+
+
+def _rounding(state: State) -> float:
+    return 8 * torch.finfo(state[0].dtype).eps * max(1.0, *(part.abs().max().item() for part in state))
 
 
 def _perturbed(state: State, tol: float) -> State:
@@ -340,9 +368,7 @@ def _needs_gradient(module: nn.Module, x: Tensor, h0: State) -> bool:
     return x.requires_grad or any(t.requires_grad for t in (*h0, *module.parameters()))
 
 
-def _decide(
-    engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options
-) -> tuple[_Plan, _Ledger, float | None]:
+def _decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options) -> tuple[_Plan, _Ledger, float | None]:
     """Choose warm-up and chunks: what was given, else from the cost model and what the model forgets in a pilot."""
     steps, batch = len(x), x.shape[1]
     if options.chunks != "auto" and (options.chunks == 1 or steps < 2):
@@ -364,9 +390,17 @@ def _decide(
     plan = _Plan.cut(steps, chunks, warmup)
     if plan.chunks < 2:
         raise _GiveUp("one chunk is the sequential run")
-    if ledger.spent + _predicted(plan, batch, ledger.cost) > ledger.limit:
-        raise _GiveUp(f"chunks after {plan.warmup} steps of warm-up would save too little")
+    _check_cost(plan, batch, ledger)
     return plan, ledger, rate
+
+
+def _check_cost(plan: _Plan, batch: int, ledger: _Ledger) -> None:
+    cost = ledger.cost
+    if cost is None:
+        return
+    predicted = (plan.warmup + plan.length) * cost.batched(plan.chunks * batch)
+    if ledger.spent + predicted > ledger.limit:
+        raise _GiveUp(f"a warm-up of {plan.warmup} steps, or more, would save too little")
 
 
 def _cheapest_chunks(steps: int, batch: int, warmup: int, cost: StepCost) -> int:
@@ -376,22 +410,20 @@ def _cheapest_chunks(steps: int, batch: int, warmup: int, cost: StepCost) -> int
     return max(2, min(most, round(best)))
 
 
-def _predicted(plan: _Plan, batch: int, cost: StepCost | None) -> float:
-    return 0.0 if cost is None else (plan.warmup + plan.length) * cost.batched(plan.chunks * batch)
-
-
 def _forgetting(engine: Engine, x: Tensor, options: _Options, ledger: _Ledger) -> tuple[int, float]:
     """How many steps a few windows of x need to forget a zero start state to a quarter of tol, and the rate a step."""
     pilot = _Pilot(engine, x, ledger)
-    longest = pilot.longest(options)
     first = apart = pilot.apart()
     lag, target = 0, options.tol / 4
     while not apart <= target:
         before = apart
-        if lag + _PILOT_BLOCK > longest:
+        if lag + _PILOT_BLOCK > pilot.longest:
             raise _GiveUp(f"the module still remembers its start state after {lag} steps (by {apart:.1e})")
         pilot.advance_pair()
         apart, lag = pilot.apart(), lag + _PILOT_BLOCK
+        if ledger.cost is not None:
+            chunks = _cheapest_chunks(len(x), x.shape[1], lag, ledger.cost)
+            _check_cost(_Plan.cut(len(x), chunks, lag), x.shape[1], ledger)
         if not np.isfinite(apart):
             raise _GiveUp("the states do not stay finite")
     if lag == 0:
@@ -411,14 +443,24 @@ class _Pilot:
     def __init__(self, engine: Engine, x: Tensor, ledger: _Ledger) -> None:
         self.engine, self.x, self.ledger, self.batch = engine, x, ledger, x.shape[1]
         windows = max(2, -(-_PILOT_ROWS // self.batch))
-        self.history = min(64, max(_PILOT_BLOCK, len(x) // 64))
-        self.at = torch.linspace(0, len(x) - 1 - self.history, 2 * windows + 1, device=x.device)[1::2].long()
-        state = engine.zero_state(windows * self.batch)
-        for _ in range(-(-self.history // _PILOT_BLOCK)):
+        rows = windows * self.batch
+        history = min(64, max(_PILOT_BLOCK, len(x) // 64)) // _PILOT_BLOCK * _PILOT_BLOCK
+        self.longest = self._longest(2 * rows)
+        last = max(0, len(x) - history - self.longest)
+        self.at = torch.linspace(0, last, windows, device=x.device).long()
+        state = engine.zero_state(rows)
+        for _ in range(history // _PILOT_BLOCK):
             state = self._advance(state, copies=1)
         self.dtype = state[0].dtype
-        zeros = engine.zero_state(windows * self.batch)
+        zeros = engine.zero_state(rows)
         self.state: State = tuple(torch.cat([part, zero], dim=1) for part, zero in zip(state, zeros, strict=True))
+
+    def _longest(self, rows: int) -> int:
+        """Lags to try: a quarter of the sequence and, where the cost is known, a share of a sequential run."""
+        room, cost = len(self.x) // 4, self.ledger.cost
+        if cost is None:
+            return room
+        return min(room, int(_PILOT_SHARE * cost.sequential * len(self.x) / cost.batched(rows)))
 
     def _advance(self, state: State, copies: int) -> State:
         index = self.at + torch.arange(_PILOT_BLOCK, device=self.x.device)[:, None]
@@ -436,15 +478,6 @@ class _Pilot:
 
     def size(self) -> float:
         return max(1.0, *(part.abs().max().item() for part in self.state))
-
-    def longest(self, options: _Options) -> int:
-        """Lags to try: those that fit behind every window and, where the cost is known, a share of the sequential run."""
-        room = len(self.x) - 1 - int(self.at.max())
-        cost = self.ledger.cost
-        if cost is None:
-            return room
-        rows = self.state[0].shape[1]
-        return min(room, int(_PILOT_SHARE * cost.sequential * len(self.x) / cost.batched(rows)))
 
 
 class _Carry(NamedTuple):
@@ -470,6 +503,7 @@ class _Check:
 
     def run(self) -> None:
         self._agree(1.0)
+        self.attempt.ledger.limit *= _CHECKED_SHARE / _ATTEMPT_SHARE
         certificate = self._certificate()
         if certificate is not None:
             self._prove(certificate)
@@ -501,15 +535,18 @@ class _Check:
         return torch.nonzero(~(self.mismatch * factor <= self.options.tol)).flatten() + 1
 
     def _measure_gain(self) -> Tensor:
-        chunks = torch.arange(1, self.attempt.plan.chunks, device=self.mismatch.device)
-        if self.options.verify == "pilot":
-            count = min(len(chunks), _GAIN_CHUNKS)
-            chunks = chunks[torch.linspace(0, len(chunks) - 1, count, device=chunks.device).round().long()]
+        """One gain for all chunks from a pilot, or the gain of each (chunks 1, 2, …)."""
+        attempt, tol = self.attempt, self.options.tol
+        others = attempt.plan.chunks - 1
         with torch.no_grad():
-            gain = self.attempt.gain(chunks, self.options.tol)
-        self.gain, self.gain_chunks = gain.max().item(), len(chunks)
+            if self.options.verify == "outputs":
+                gain = attempt.gain_of_all(tol)
+            else:
+                some = torch.linspace(1, others, min(others, _GAIN_CHUNKS), device=self.mismatch.device)
+                gain = attempt.gain_of_some(some.round().long(), tol)
+        self.gain, self.gain_chunks = gain.max().item(), len(gain)
         rounding = self.gain * torch.finfo(self.mismatch.dtype).eps
-        if not rounding <= self.options.tol:
+        if not rounding <= tol:
             raise _GiveUp(f"differences grow {self.gain:.1e} times inside a chunk, so that rounding exceeds tol")
         return gain if self.options.verify == "outputs" else gain.max()
 
@@ -599,10 +636,12 @@ class _Call(NamedTuple):
 
 
 def _check_module(module: nn.Module) -> None:
-    if module.training and getattr(module, "dropout", 0):
+    if module.training and getattr(module, "dropout", 0) > 0:
         raise InputError("dropout between the layers makes every run different: call module.eval() first")
     if getattr(module, "bidirectional", False) and not isinstance(module, nn.RNNBase):
-        raise InputError("only nn.RNN, nn.LSTM and nn.GRU can be bidirectional here: run the two directions by themselves")
+        raise InputError(
+            "only nn.RNN, nn.LSTM and nn.GRU can be bidirectional here: run the two directions by themselves"
+        )
 
 
 def _check_input(module: nn.Module, x: Any, unbatched: bool) -> None:
@@ -768,9 +807,7 @@ def _write(target: Any, begin: int, y: Tensor) -> None:
     target[begin : begin + len(y)] = y if isinstance(target, Tensor) else y.cpu().numpy()
 
 
-def _run_sequentially(
-    call: _Call, options: _Options, out: Any, reason: str, begun: float
-) -> tuple[Any, Any, Evidence]:
+def _run_sequentially(call: _Call, options: _Options, out: Any, reason: str, begun: float) -> tuple[Any, Any, Evidence]:
     """The module itself, on the whole batch, from h0: in one call, or span after span into `out`."""
     evidence = _sequential_evidence(len(call.x), options, reason, begun)
     if out is None:
@@ -813,13 +850,23 @@ def _merged(evidences: list[Evidence]) -> Evidence:
     names = ("warmup", "max_mismatch", "gain", "error_estimate", "bound", "forgetting_rate")
     seconds = sum(evidence.steps / evidence.estimated_speedup for evidence in evidences)
     notes = [evidence.note for evidence in evidences if evidence.note]
-    return replace(
-        evidences[0],
-        **sums,
-        **{name: largest(name) for name in names},
-        estimated_speedup=sums["steps"] / seconds,
-        note=notes[0] if notes else None,
-    )
+    merged: dict[str, Any] = {**sums, **{name: largest(name) for name in names}}
+    merged |= {"estimated_speedup": sums["steps"] / seconds, "note": notes[0] if notes else None}
+    return replace(evidences[0], **merged)
+
+
+def chunked_reference(module: nn.Module, x: Tensor, h0: Any, chunks: int, warmup: int) -> Tensor:
+    """The plain reference of the unchecked run: chunk after chunk, each after its warm-up; x (T, B, D), h0 or None.
+
+    The same chunks as `run_parallel` cuts, so that outputs and gradients can be compared.
+    """
+    plan, kept = _Plan.cut(len(x), chunks, warmup), []
+    for chunk in range(plan.chunks):
+        start = chunk * plan.length - plan.offset
+        begin = max(0, start - plan.warmup)
+        y, _ = module(x[begin : max(0, start + plan.length)], h0 if begin == 0 else None)
+        kept.append(y[max(0, start) - begin :])
+    return torch.cat(kept)
 
 
 def run_parallel(
@@ -841,9 +888,9 @@ def run_parallel(
     `module`: `nn.RNN`, `nn.LSTM`, `nn.GRU` (stacks, `batch_first`, bidirectional), one of their `Cell` modules, or any
     causal module with the same call and states `(layers, B, ...)`. `x`: `(T, B, D)`, `(B, T, D)` with `batch_first`,
     `(T, D)`, a `PackedSequence`, or a NumPy array (a memory map is read a span at a time). `chunks`, `warmup`: whole
-    numbers, or "auto": from a measured cost model of this machine and what the module forgets in a pilot. `verify`: measure
-    the gain on a "pilot" of chunks or over all "outputs". `certificate`: where it holds for x and h0, `evidence.bound`
-    is proved and no second run is needed. `out`: a tensor or array of y's shape to write to, a span at a time.
+    numbers, or "auto": from a measured cost model of this machine and what the module forgets in a pilot. `verify`:
+    measure the gain on a "pilot" of chunks or over all "outputs". `certificate`: where it holds for x and h0,
+    `evidence.bound` is proved and no second run is needed. `out`: a tensor or array of y's shape to write to.
 
     Raises `InputError` (a `ValueError`) for NaN, an empty sequence, a wrong shape, or a tol below 16 eps.
 

@@ -1,0 +1,208 @@
+"""Replace a recurrent layer by a feed-forward network: the same weights, unrolled over the last k inputs only.
+
+`windowed_reference` runs the module itself once for every output; `Truncated` gives the same numbers from one batch of
+windows, with the input product shared by all windows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unrecurrent.errors import InputError
+
+State = tuple[Tensor, ...]
+
+_BLOCK_NUMBERS = 1 << 21  # gate values a block of windows may hold at a time
+
+
+def windowed_reference(module: nn.Module, x: Tensor, k: int) -> Tensor:
+    """The plain reference: for every t, `module` from the zero state over inputs t-k+1 … t of x (T, B, ...).
+
+    `module` is any causal module with `nn.LSTM`'s call, time first. The sum of its work is k times that of one pass.
+    """
+    return torch.cat([module(x[max(0, t - k + 1) : t + 1])[0][-1:] for t in range(len(x))])
+
+
+class Truncated(nn.Module):
+    """A recurrent stack without recurrence: y_t = h_t of the last layer, started from zeros k inputs back.
+
+    Made by `truncate`. It shares the parameters of `module`, so training one trains the other. `receptive_field` is k.
+    Two views give the same numbers: `forward` on whole sequences, `init_cache` and `step` on one input after the other
+    (a batch of k partial windows advances by one step, so that each input is read once).
+    """
+
+    def __init__(self, module: nn.Module, k: int) -> None:
+        super().__init__()
+        self.module = module
+        self.receptive_field = k
+        self.batch_first = bool(getattr(module, "batch_first", False))
+        self.kind = _kind(module)
+        self.hidden_size, self.num_layers = int(module.hidden_size), int(module.num_layers)  # type: ignore[arg-type]
+        self.has_cell_state = self.kind in ("LSTM", "scaled-gate-lstm")
+
+    def extra_repr(self) -> str:
+        return f"k={self.receptive_field}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (T, B, H) for inputs (T, B, D); (B, T, ·) with `batch_first`, (T, ·) without a batch."""
+        self._check(x)
+        if x.dim() == 2:
+            return self._windows(x[:, None]).squeeze(1)
+        return self._windows(x.transpose(0, 1)).transpose(0, 1) if self.batch_first else self._windows(x)
+
+    def _check(self, x: Tensor) -> None:
+        width = self.module.input_size
+        if x.dim() not in (2, 3) or x.shape[-1] != width or not x.numel():
+            raise InputError(f"x has shape {tuple(x.shape)}: give (T, B, {width}) or (T, {width}), not empty")
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """All windows at once, or in blocks that bound the memory; a block's inputs start k - 1 before its outputs."""
+        before = self.receptive_field - 1
+        drive = nn.functional.pad(self._drive(0, x), (0, 0, 0, 0, before, 0))
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._block(drive, self._real(0, drive.shape[0], drive))
+        count = max(1, _BLOCK_NUMBERS // drive[0].numel())
+        blocks = []
+        for begin in range(0, len(x), count):
+            part = drive[begin : begin + count + before]
+            real = self._real(begin, len(part), drive) if begin < before else None
+            if torch.is_grad_enabled() and len(x) > count:  # keep one block's steps in memory, not all
+                blocks.append(checkpoint(self._block, part, real, use_reentrant=False))
+            else:
+                blocks.append(self._block(part, real))
+        return torch.cat(blocks)
+
+    def _real(self, begin: int, count: int, like: Tensor) -> Tensor:
+        """1 where a position is one of the sequence, 0 where it is padding before it; (count, 1, 1)."""
+        positions = torch.arange(count, device=like.device) + begin
+        return (positions >= self.receptive_field - 1).to(like.dtype)[:, None, None]
+
+    def _block(self, drive: Tensor, real: Tensor | None) -> Tensor:
+        """Outputs of the windows that lie in a padded stretch of drives (windows + k - 1, B, ·)."""
+        k = self.receptive_field
+        windows = drive.shape[0] - k + 1
+        states = self._zeros(drive[:windows])
+        for age in range(k):
+            states = self._step(drive[age : age + windows], states)
+            if real is not None:  # padding leaves the state at zero
+                states = [tuple(part * real[age : age + windows] for part in state) for state in states]
+        return states[-1][-1]
+
+    def _zeros(self, drive: Tensor) -> list[State]:
+        part = drive.new_zeros(*drive.shape[:-1], self.hidden_size)
+        state: State = (part, part) if self.has_cell_state else (part,)
+        return [state] * self.num_layers
+
+    def _step(self, drive: Tensor, states: list[State]) -> list[State]:
+        """One step of every layer; each reads the new hidden state of the layer below."""
+        new: list[State] = []
+        for layer, state in enumerate(states):
+            if layer:
+                drive = self._drive(layer, new[-1][-1])
+            new.append(_STEPS[self.kind](self.module, layer, drive, state))
+        return new
+
+    def _drive(self, layer: int, x: Tensor) -> Tensor:
+        """U x + b, with the recurrent bias as well wherever that only adds to it (not in the GRU)."""
+        bias = _weight(self.module, "bias_ih", layer)
+        if bias is not None and self.kind != "GRU":
+            bias = bias + _weight(self.module, "bias_hh", layer)
+        return nn.functional.linear(x, _weight(self.module, "weight_ih", layer), bias)
+
+    def init_cache(self, batch: int) -> list[State]:
+        """The cache before the first input: k partial windows, the i-th to hold the last i inputs, all at zero."""
+        like = _weight(self.module, "weight_hh", 0)
+        return self._zeros(like.new_zeros(self.receptive_field, batch, 1))
+
+    def step(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
+        """The output (B, H) after one more input (B, D), and the new cache: each window grows by x, the oldest goes."""
+        older = [tuple(nn.functional.pad(part[:-1], (0, 0, 0, 0, 1, 0)) for part in state) for state in cache]
+        cache = self._step(self._drive(0, x), older)
+        return cache[-1][-1][-1], cache
+
+
+def truncate(module: nn.Module, k: int) -> Truncated:
+    """A feed-forward `nn.Module` whose output at t depends on exactly the last k inputs of the whole stack.
+
+    y_t is what `module` gives when started from the zero state at input t-k+1 (at input 0 while t < k). It shares the
+    module's parameters, has gradients, a dynamic time axis under `torch.export`, and exports to ONNX without RNN, LSTM,
+    GRU, Loop or Scan. With k at least `certify(module).horizon(eps)` every output is within eps of the recurrent one
+    (Miller and Hardt, arXiv:1805.10369, proposition 2; docs/parallel.md).
+
+    `module`: `nn.RNN`, `nn.LSTM`, `nn.GRU` or `StableLSTM`, in one direction, in evaluation mode if it has dropout.
+    Raises `InputError` for anything else and for k < 1.
+
+    >>> import torch
+    >>> lstm = torch.nn.LSTM(3, 8)
+    >>> x = torch.randn(20, 2, 3)
+    >>> y = truncate(lstm, k=5)(x)
+    >>> bool(torch.allclose(y[9], lstm(x[5:10])[0][-1], atol=1e-6))
+    True
+    """
+    if not (isinstance(k, int) and k >= 1):
+        raise InputError(f"k is {k!r}: give the number of inputs each output may depend on, at least 1")
+    if getattr(module, "bidirectional", False):
+        raise InputError("a bidirectional layer reads the future: truncate needs a causal one, one direction")
+    if getattr(module, "proj_size", 0):
+        raise InputError("projected LSTM states (proj_size) are not supported: use proj_size=0 and a linear layer")
+    if getattr(module, "dropout", 0) and module.training:
+        raise InputError("dropout between the layers makes every run different: call module.eval() first")
+    return Truncated(module, k)
+
+
+def _kind(module: nn.Module) -> str:
+    kind = getattr(module, "cell_kind", None) or (module.mode if isinstance(module, nn.RNNBase) else None)
+    if kind not in _STEPS:
+        raise InputError(f"{type(module).__name__} is not an nn.RNN, nn.LSTM, nn.GRU or StableLSTM: give one of those")
+    return kind
+
+
+def _weight(module: nn.Module, name: str, layer: int) -> Any:
+    return getattr(module, f"{name}_l{layer}", None) if not name.startswith("bias") or module.bias else None
+
+
+def _recur(module: nn.Module, layer: int, h: Tensor, bias: Tensor | None = None) -> Tensor:
+    return nn.functional.linear(h, _weight(module, "weight_hh", layer), bias)
+
+
+def _rnn_tanh(module: nn.Module, layer: int, drive: Tensor, state: State) -> State:
+    return (torch.tanh(drive + _recur(module, layer, state[0])),)
+
+
+def _rnn_relu(module: nn.Module, layer: int, drive: Tensor, state: State) -> State:
+    return (torch.relu(drive + _recur(module, layer, state[0])),)
+
+
+def _gru(module: nn.Module, layer: int, drive: Tensor, state: State) -> State:
+    (h,) = state
+    drive_r, drive_z, drive_n = drive.chunk(3, -1)
+    pre_r, pre_z, pre_n = _recur(module, layer, h, _weight(module, "bias_hh", layer)).chunk(3, -1)
+    n = torch.tanh(drive_n + torch.sigmoid(drive_r + pre_r) * pre_n)
+    return (n + torch.sigmoid(drive_z + pre_z) * (h - n),)
+
+
+def _lstm(module: nn.Module, layer: int, drive: Tensor, state: State) -> State:
+    c, h = state
+    i, f, z, o = (drive + _recur(module, layer, h)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
+    return c, torch.sigmoid(o) * torch.tanh(c)
+
+
+def _scaled_gate_lstm(module: nn.Module, layer: int, drive: Tensor, state: State) -> State:
+    c, h = state
+    pre_f, z, o = (drive + _recur(module, layer, h)).chunk(3, -1)
+    f = getattr(module, f"forget_ceiling_l{layer}") * torch.sigmoid(pre_f)
+    c = f * c + (1 - f) * torch.tanh(z)
+    return c, torch.sigmoid(o) * torch.tanh(c)
+
+
+_STEPS: dict[str, Callable[[nn.Module, int, Tensor, State], State]] = {
+    "RNN_TANH": _rnn_tanh,
+    "RNN_RELU": _rnn_relu,
+    "GRU": _gru,
+    "LSTM": _lstm,
+    "scaled-gate-lstm": _scaled_gate_lstm,
+}

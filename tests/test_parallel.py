@@ -1,0 +1,551 @@
+import copy
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
+
+from unrecurrent.certificate import certify
+from unrecurrent.engines import LoopEngine, ModuleEngine
+from unrecurrent.errors import InputError
+from unrecurrent.parallel import Parallel, chunked_reference, run_parallel
+from unrecurrent.stable_lstm import StableLSTM
+
+KINDS = [nn.RNN, nn.GRU, nn.LSTM]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def start(module, batch):
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    h = 0.5 * torch.randn(layers, batch, module.hidden_size)
+    return (h, torch.randn(layers, batch, module.hidden_size)) if isinstance(module, nn.LSTM | StableLSTM) else h
+
+
+def parts(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def assert_same(got, wanted, atol):
+    torch.testing.assert_close(got[0], wanted[0], atol=atol, rtol=0)
+    for a, b in zip(parts(got[1]), parts(wanted[1]), strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def assert_fell_back(module, x, h0, **options):
+    """The answer is the module's own, bit for bit."""
+    y, state, evidence = run_parallel(module, x, h0, **options)
+    own_y, own_state = module(x, h0)
+    assert evidence.mode == "sequential"
+    assert evidence.fallback
+    assert torch.equal(y, own_y)
+    assert all(torch.equal(a, b) for a, b in zip(parts(state), parts(own_state), strict=True))
+    return evidence
+
+
+# The answer is the sequential one -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, StableLSTM])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("steps", "chunks", "warmup"), [(63, 4, 40), (331, 7, 40), (200, 9, 61), (40, 2, 39)])
+def test_agrees_with_the_sequential_run(kind, batch, steps, chunks, warmup):
+    module = kind(3, 5, num_layers=2)
+    x, h0 = torch.randn(steps, batch, 3), start(module, batch)
+    for verify in ("pilot", "outputs"):
+        with torch.no_grad():
+            y, state, evidence = run_parallel(module, x, h0, chunks=chunks, warmup=warmup, verify=verify)
+        assert_same((y, state), module(x, h0), 1e-4)
+        assert evidence.mode == "parallel"
+        assert evidence.max_mismatch * max(1.0, evidence.gain) <= 1e-4
+
+
+def test_first_chunk_starts_from_the_true_state():
+    module = nn.LSTM(3, 5)
+    h0 = (torch.zeros(1, 1, 5), torch.full((1, 1, 5), 30.0))  # zeros warmed up on padding are far from this
+    x = torch.randn(200, 1, 3)
+    y, state, evidence = run_parallel(module, x, h0, chunks=4, warmup=60)
+    assert evidence.mode == "parallel"
+    assert_same((y, state), module(x, h0), 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts(kind):
+    module = kind(3, 5, batch_first=True)
+    x, h0 = torch.randn(2, 150, 3), start(module, 2)
+    y, state, evidence = run_parallel(module, x, h0, chunks=5, warmup=40)
+    assert evidence.mode == "parallel"
+    assert_same((y, state), module(x, h0), 1e-4)
+    one, h_one = x[0], start(module, 1)
+    h_one = tuple(part[:, 0] for part in h_one) if isinstance(h_one, tuple) else h_one[:, 0]
+    y, state, evidence = run_parallel(module, one, h_one, chunks=5, warmup=40)
+    assert evidence.mode == "parallel"
+    assert_same((y, state), module(one, h_one), 1e-4)
+    assert_same(run_parallel(module, one.numpy(), chunks=5, warmup=40)[:2], module(one), 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_bidirectional(kind, layers):
+    module = kind(3, 5, num_layers=layers, bidirectional=True)
+    x, h0 = torch.randn(301, 2, 3), start(module, 2)
+    y, state, evidence = run_parallel(module, x, h0, chunks=4, warmup=45)
+    assert evidence.mode == "parallel"
+    assert evidence.error_estimate <= 1e-4
+    assert_same((y, state), module(x, h0), 1e-4)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_packed_sequence(bidirectional, enforce_sorted):
+    module = nn.LSTM(3, 5, bidirectional=bidirectional)
+    lengths = [210, 150, 150, 99] if enforce_sorted else [99, 210, 150, 150]
+    packed = pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=enforce_sorted)
+    h0 = start(module, 4)
+    y, state, evidence = run_parallel(module, packed, h0, chunks=3, warmup=45)
+    own, own_state = module(packed, h0)
+    assert evidence.mode == "parallel"
+    assert_same((y.data, state), (own.data, own_state), 1e-4)
+    assert torch.equal(y.batch_sizes, own.batch_sizes)
+
+
+def test_packed_sequence_falls_back_whole():
+    module = chaotic(nn.LSTM)
+    packed = pack_padded_sequence(torch.randn(400, 2, 3), torch.tensor([400, 300]))
+    y, _, evidence = run_parallel(module, packed, chunks=4, warmup=50)
+    assert evidence.mode == "sequential"
+    assert torch.equal(y.data, module(packed)[0].data)
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_cell_modules(cell):
+    module, x, state, outputs = cell(3, 5), torch.randn(150, 2, 3), None, []
+    for x_t in x:
+        state = module(x_t, state)
+        outputs.append(parts(state)[0])
+    y, last, _ = run_parallel(module, x, chunks=3, warmup=40)
+    torch.testing.assert_close(y, torch.stack(outputs), atol=1e-4, rtol=0)
+    torch.testing.assert_close(parts(last)[0][0], outputs[-1], atol=1e-4, rtol=0)
+
+
+class Leaky(nn.Module):
+    """A user's own module with nn.GRU's call: integer inputs, h ← 0.8 h + embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+
+    def forward(self, x, hx=None):
+        h, outputs = torch.zeros(1, x.shape[1], 4) if hx is None else hx, []
+        for drive in self.table(x):
+            h = 0.8 * h + drive
+            outputs.append(h[0])
+        return torch.stack(outputs), h
+
+
+def test_any_module_with_the_same_call():
+    module, x = Leaky(), torch.randint(7, (300, 2))
+    y, state, evidence = run_parallel(module, x, chunks=5, warmup=55)
+    assert evidence.mode == "parallel"
+    assert_same((y, state), module(x), 1e-4)
+
+
+def test_module_in_the_place_of_the_original():
+    gru = nn.GRU(3, 5)
+    fast, x = Parallel(gru, chunks=4, warmup=40), torch.randn(200, 1, 3)
+    assert_same(fast(x), gru(x), 1e-4)
+    assert fast.evidence.mode == "parallel"
+    twin = copy.deepcopy(fast)
+    assert_same(twin(x), gru(x), 1e-4)
+    assert set(fast.state_dict()) == {f"module.{name}" for name in gru.state_dict()}
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, StableLSTM])
+def test_gradients_are_those_of_the_plain_reference(kind):
+    module = kind(3, 5, num_layers=2).double()
+    x = torch.randn(63, 2, 3, dtype=torch.float64, requires_grad=True)
+    h0 = tuple(part.double().requires_grad_() for part in parts(start(module, 2)))
+    wrt = [x, *h0, *module.parameters()]
+    packed = h0 if len(h0) > 1 else h0[0]
+    weights = torch.randn(63, 2, 5, dtype=torch.float64)
+    y, _, evidence = run_parallel(module, x, packed, tol=1e-1, chunks=4, warmup=11)
+    assert evidence.sweeps == 0
+    expected = chunked_reference(module, x, packed, chunks=4, warmup=11)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+    got = torch.autograd.grad((y * weights).sum(), wrt)
+    wanted = torch.autograd.grad((expected * weights).sum(), wrt)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_gradients_of_a_contracting_module_are_those_of_the_whole_run():
+    module = nn.GRU(3, 5).double()
+    x = torch.randn(210, 1, 3, dtype=torch.float64)
+    got = torch.autograd.grad(
+        run_parallel(module, x, tol=1e-9, chunks=3, warmup=69)[0].square().sum(), module.parameters()
+    )
+    wanted = torch.autograd.grad(module(x)[0].square().sum(), module.parameters())
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+# Where recurrence is needed -------------------------------------------------------------------------------------------
+
+
+def chaotic(kind, size=32):
+    module = kind(3, size)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(5)
+    return module
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"chunks": 8, "warmup": 100}, {"chunks": 4}])
+def test_chaotic_modules_fall_back_bit_for_bit(kind, batch, options):
+    module = chaotic(kind)
+    with torch.no_grad():
+        assert_fell_back(module, 0.1 * torch.randn(2000, batch, 3), start(module, batch), **options)
+
+
+def test_integrating_cell_falls_back():
+    module = nn.LSTM(3, 8)
+    with torch.no_grad():
+        module.bias_ih_l0[8:16] = 40.0  # forget gates at 1: the state is a sum over all of the past
+        module.weight_hh_l0.zero_()
+        x = torch.randn(3000, 1, 3)
+        for options in ({}, {"chunks": 5, "warmup": 200}, {"chunks": 5}):
+            assert_fell_back(module, x, None, **options)
+
+
+class Leak(nn.Module):
+    """h ← a h + u, with a and u the two inputs."""
+
+    def forward(self, x, hx=None):
+        h, outputs = torch.zeros(1, x.shape[1], 1) if hx is None else hx, []
+        for step in x:
+            h = step[:, :1] * h + step[:, 1:]
+            outputs.append(h[0])
+        return torch.stack(outputs), h
+
+
+def bursts(growth, length, first=0):
+    """A leak of 0.5 that grows instead, `length` steps long, from `first` steps behind each boundary of 100 steps."""
+    x = torch.stack([torch.full((800, 1), 0.5), torch.rand(800, 1)], dim=-1)
+    for boundary in range(100, 800, 100):
+        x[boundary + first : boundary + first + length, :, 0] = growth
+    return x
+
+
+@pytest.mark.parametrize("verify", ["pilot", "outputs"])
+def test_transient_growth_inside_a_chunk_is_mended(verify):
+    """At each boundary the mismatch is below tol, but it grows twentyfold inside the chunk and shrinks again."""
+    module, x, options = Leak(), bursts(1.4, 9), {"chunks": 8, "warmup": 9}
+    own, unchecked = module(x), chunked_reference(module, x, None, **options)
+    assert (unchecked - own[0])[99::100].abs().max() < 5e-3 < 2e-2 < (unchecked - own[0]).abs().max()
+    y, state, evidence = run_parallel(module, x, tol=5e-3, verify=verify, **options)
+    assert evidence.mode == "parallel"
+    assert evidence.sweeps > 0
+    assert evidence.gain == pytest.approx(1.4**9, rel=0.01)
+    assert_same((y, state), own, 5e-3)
+
+
+def test_growth_beyond_rounding_falls_back():
+    evidence = assert_fell_back(Leak(), bursts(3.0, 14, first=1), None, chunks=8, warmup=30)
+    assert "grow" in evidence.fallback
+
+
+def test_slow_stretch_is_swept():
+    """A leak that pauses for a while: the chunk behind needs its predecessor's state, the others do not."""
+    x = torch.stack([torch.full((400, 1), 0.5), torch.rand(400, 1)], dim=-1)
+    x[195:260, :, 0] = 1.0
+    y, state, evidence = run_parallel(Leak(), x, chunks=8, warmup=25)
+    assert evidence.mode == "parallel"
+    assert evidence.sweeps in (1, 2)
+    assert_same((y, state), Leak()(x), 1e-4)
+
+
+def test_rounding_near_the_stability_limit_falls_back():
+    module = nn.RNN(1, 1, bias=False, nonlinearity="relu")
+    with torch.no_grad():
+        module.weight_hh_l0.fill_(0.999)
+        module.weight_ih_l0.fill_(1.0)
+        x = 0.1 * torch.rand(60_000, 1, 1)
+        reason = assert_fell_back(module, x, None, chunks=4).fallback
+    assert "rounding" in reason or "remembers" in reason
+    with torch.no_grad():
+        y, state, evidence = run_parallel(module.double(), x.double(), chunks=4)
+    assert evidence.mode == "parallel"
+    assert_same((y, state), module(x.double()), 1e-4)
+
+
+def silero_features(weights, wave):
+    """The detector's front end: frames of 576 samples, magnitudes of a short-time Fourier transform, four layers."""
+    frames = nn.functional.pad(wave.unfold(0, 576, 512)[:, None], (0, 64), mode="reflect")
+    spectrum = nn.functional.conv1d(frames, weights["stft_conv.weight"], stride=128)
+    x = torch.hypot(spectrum[:, :129], spectrum[:, 129:])
+    for layer, stride in enumerate((1, 2, 2, 1), start=1):
+        weight, bias = weights[f"conv{layer}.weight"], weights[f"conv{layer}.bias"]
+        x = torch.relu(nn.functional.conv1d(x, weight, bias, stride=stride, padding=1))
+    return x.transpose(1, 2)
+
+
+def speech(data_dir):
+    files = sorted((data_dir / "digits").glob("*.wav"))
+    if not files:
+        pytest.skip("the data set digits is not there")
+    waves = [np.frombuffer(path.read_bytes()[44:], dtype="<i2") for path in files]
+    wave = torch.from_numpy(np.concatenate(waves).astype(np.float32) / 32768)
+    return nn.functional.interpolate(wave[None, None], scale_factor=2.0, mode="linear")[0, 0]  # 8 to 16 kHz
+
+
+def test_voice_activity_lstm_is_seen_to_need_its_recurrence(data_dir):
+    """A trained LSTM with recurrent norm 27, on recorded speech through its own front end."""
+    path = data_dir / "trained" / "silero-vad" / "silero_vad_16k.safetensors"
+    if not path.exists():
+        pytest.skip("the trained model silero-vad is not there")
+    weights, module = load_file(path), nn.LSTM(128, 128)
+    module.load_state_dict(
+        {f"{name.split('.')[1]}_l0": w for name, w in weights.items() if name.startswith("lstm_cell")}
+    )
+    with torch.no_grad():
+        x = silero_features(weights, speech(data_dir))
+        assert len(x) > 4000
+        for options in ({}, {"chunks": 8, "warmup": 256}, {"chunks": 4, "verify": "outputs"}, {"tol": 1e-2}):
+            assert_fell_back(module, x, None, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_little_where_nothing_can_be_gained(kind):
+    """Processor time, so that other work on the machine does not count; the first call measures the machine too."""
+    module = chaotic(kind, 64) if kind is nn.RNN else kind(3, 64)
+    if kind is not nn.RNN:  # a forget gate, or the update gate, that keeps the state for thousands of steps
+        module.bias_ih_l0.data[64:128] = 9.0
+    x = torch.randn(60_000, 1, 3)
+
+    def seconds(run):
+        begun = time.process_time()
+        result = run()
+        return time.process_time() - begun, result
+
+    with torch.no_grad():
+        alone, _ = seconds(lambda: module(x))
+        with_attempt, (_, _, evidence) = seconds(lambda: run_parallel(module, x))
+    assert evidence.mode == "sequential"
+    assert with_attempt <= 1.5 * alone
+
+
+# Evidence -------------------------------------------------------------------------------------------------------------
+
+
+def test_evidence_tells_what_was_done():
+    module, x = nn.GRU(3, 5), torch.randn(800, 1, 3)
+    with torch.no_grad():
+        _, _, evidence = run_parallel(module, x, chunks=8, warmup=50)
+    assert (evidence.chunks, evidence.warmup, evidence.sweeps, evidence.gain_chunks) == (8, 50, 0, 7)
+    assert 150 <= evidence.sequential_depth <= 250  # warm-up and chunk, then the pilot's second run
+    assert evidence.bound is None
+    assert evidence.error_estimate == pytest.approx(evidence.max_mismatch * max(1.0, evidence.gain))
+    assert "8 chunks" in str(evidence)
+    assert "(measured)" in str(evidence)
+    assert evidence.to_dict()["steps"] == 800
+
+
+def test_auto_chooses_a_warmup_that_forgets():
+    module, x = nn.LSTM(3, 16), torch.randn(6000, 1, 3)
+    with torch.no_grad():
+        y, state, evidence = run_parallel(module, x, chunks=10)
+        assert_same((y, state), module(x), 1e-4)
+    assert evidence.mode == "parallel"
+    assert 8 <= evidence.warmup <= 100
+    assert 0.3 < evidence.forgetting_rate < 0.9
+
+
+def test_auto_never_answers_wrongly():
+    for kind in KINDS:
+        module, x = kind(3, 16), torch.randn(8000, 1, 3)
+        with torch.no_grad():
+            assert_same(run_parallel(module, x)[:2], module(x), 1e-4)
+            assert_same(run_parallel(module, x[:500])[:2], module(x[:500]), 0)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRU(3, 5, num_layers=2), lambda: StableLSTM(3, 5, rate=0.9)])
+@pytest.mark.parametrize("warmup", [3, 12, 30])
+def test_certificate_bounds_every_output(make, warmup):
+    module = make().double()
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if isinstance(module, nn.GRU) and "weight_hh" in name:
+                weight.mul_(0.2)
+    x, h0 = torch.rand(300, 2, 3, dtype=torch.float64) * 2 - 1, None
+    certificate = certify(module, input_bound=1.0)
+    assert certificate.stable
+    with torch.no_grad():
+        y, _, evidence = run_parallel(module, x, h0, tol=0.5, chunks=6, warmup=warmup, certificate=certificate)
+        off = (y - module(x)[0]).abs().max().item()
+    assert evidence.mode == "parallel"
+    assert evidence.gain is None  # no second run
+    assert 0 < evidence.bound <= 0.5
+    assert off <= evidence.bound
+    assert "(proved)" in str(evidence)
+
+
+def test_certificate_that_does_not_hold_is_not_used():
+    module, x = StableLSTM(3, 5, rate=0.9), torch.randn(300, 1, 3)
+    certificate = certify(module, input_bound=0.01)
+    with torch.no_grad():
+        evidence = run_parallel(module, x, chunks=4, warmup=60, certificate=certificate)[2]
+    assert evidence.bound is None
+    assert evidence.gain is not None
+    assert "does not hold" in evidence.note
+
+
+# Long sequences -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("array", [True, False])
+def test_writes_to_out_span_after_span(array, monkeypatch):
+    monkeypatch.setattr("unrecurrent.parallel._SPAN_BYTES", 200_000)
+    module = nn.LSTM(3, 5, batch_first=True)
+    x, h0 = torch.randn(2, 12_000, 3), start(module, 2)
+    out = np.empty((2, 12_000, 5), np.float32) if array else torch.empty(2, 12_000, 5)
+    given = x.numpy() if array else x
+    y, state, evidence = run_parallel(module, given, h0, chunks=10, warmup=60, out=out)
+    assert y is out
+    assert evidence.chunks > 10  # more than one span
+    with torch.no_grad():
+        assert_same((torch.as_tensor(out), state), module(x, h0), 1e-4)
+        needing = chaotic(nn.LSTM)
+        long = torch.randn(12_000, 1, 3)
+        out = torch.empty(12_000, 1, 32)
+        _, state, evidence = run_parallel(needing, long, out=out)
+        assert evidence.mode == "sequential"
+        assert torch.isfinite(out).all()
+
+
+def test_memory_mapped_sequence_runs_in_bounded_memory(tmp_path):
+    """Anonymous memory of a process that maps 64 MB of inputs and 128 MB of outputs grows by far less."""
+    script = """
+import sys, threading, time, numpy as np, torch
+from unrecurrent import run_parallel
+import unrecurrent.parallel as p
+p._SPAN_BYTES = 1 << 24
+def rss():
+    return int(next(line for line in open('/proc/self/status') if line.startswith('RssAnon')).split()[1]) / 1024
+steps, folder = 4_000_000, sys.argv[1]
+x = np.memmap(folder + '/x', np.float32, 'w+', shape=(steps, 1, 4))
+for begin in range(0, steps, 100_000):
+    x[begin : begin + 100_000] = np.random.default_rng(begin).normal(size=(100_000, 1, 4))
+x = np.memmap(folder + '/x', np.float32, 'r', shape=(steps, 1, 4))
+out = np.memmap(folder + '/y', np.float32, 'w+', shape=(steps, 1, 8))
+gru = torch.nn.GRU(4, 8)
+run_parallel(gru, np.array(x[:2000]), chunks=2, warmup=60)
+before, peak, done = rss(), [0.0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], rss())
+        time.sleep(0.005)
+thread = threading.Thread(target=watch); thread.start()
+evidence = run_parallel(gru, x, chunks=400, warmup=60, out=out)[2]
+done.set(); thread.join()
+last = torch.from_numpy(np.array(x[-3000:]))
+off = float((gru(last)[0][200:] - torch.from_numpy(np.array(out[-2800:]))).abs().max())
+print(evidence.mode, evidence.steps, off < 1e-4, peak[0] - before < 90, peak[0] - before)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.stdout.split()[:4] == ["parallel", "4000000", "True", "True"], ran.stdout + ran.stderr
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+class OutputsOnly(nn.Module):
+    def forward(self, x, hx=None):
+        return x
+
+
+def one_sentence(match):
+    return pytest.raises(InputError, match=match)
+
+
+def test_bad_input_gets_one_sentence():
+    module, x = nn.LSTM(3, 5), torch.randn(100, 2, 3)
+    with one_sentence("NaN"):
+        run_parallel(module, torch.where(torch.arange(100)[:, None, None] == 70, float("nan"), x))
+    with one_sentence("h0 holds NaN"):
+        run_parallel(module, x, (torch.full((1, 2, 5), float("nan")), torch.zeros(1, 2, 5)))
+    with one_sentence("at least one step"):
+        run_parallel(module, x[:0])
+    with one_sentence("reads 3 inputs"):
+        run_parallel(module, torch.randn(100, 2, 4))
+    with one_sentence("h0 has shape"):
+        run_parallel(module, x, (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))
+    with one_sentence("16 eps"):
+        run_parallel(module, x, tol=1e-6)
+    with one_sentence("chunks"):
+        run_parallel(module, x, chunks=0)
+    with one_sentence("verify"):
+        run_parallel(module, x, verify="twice")
+    with one_sentence("eval"):
+        run_parallel(nn.LSTM(3, 5, num_layers=2, dropout=0.5), x)
+    with one_sentence("out has shape"):
+        run_parallel(module, x, chunks=2, warmup=20, out=torch.empty(99, 2, 5))
+    with one_sentence("must return"):
+        run_parallel(OutputsOnly(), x)
+
+
+def test_module_with_a_start_state_of_its_own_must_be_told():
+    class Learned(Leak):
+        def forward(self, x, hx=None):
+            return super().forward(x, torch.ones(1, x.shape[1], 1) if hx is None else hx)
+
+    x = torch.rand(100, 1, 2)
+    with one_sentence("pass its start state"):
+        run_parallel(Learned(), x)
+    assert_same(run_parallel(Learned(), x, torch.ones(1, 1, 1), chunks=2, warmup=45)[:2], Learned()(x), 1e-4)
+
+
+# Engines --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [5, 160])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda h: nn.RNN(3, h, 2),
+        lambda h: nn.RNN(3, h, nonlinearity="relu", bias=False),
+        lambda h: nn.GRU(3, h, 2),
+        lambda h: nn.GRU(3, h, bias=False),
+    ],
+)
+def test_loop_engine_gives_what_the_module_gives(size, make):
+    module = make(size)
+    x, h0 = torch.randn(63, 97, 3), start(module, 97)
+    with torch.no_grad():
+        y, state = LoopEngine(module).advance(x, (h0,))
+        own, own_state = ModuleEngine(module, x).advance(x, (h0,))
+    torch.testing.assert_close(y, own, atol=5e-6, rtol=0)
+    torch.testing.assert_close(state[0], own_state[0], atol=5e-6, rtol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_cuda_device(kind):
+    module, x = kind(3, 32).cuda(), torch.randn(5000, 1, 3, device="cuda")
+    with torch.no_grad():
+        assert_same(run_parallel(module, x)[:2], module(x), 1e-4)
