@@ -12,7 +12,7 @@ class RecurrentModel(SequenceModel):
     """Encoder, a stack of torch recurrent layers, linear readout."""
 
     recurrent = True
-    layer_class: ClassVar[type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]]
+    layer_class: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
@@ -26,12 +26,14 @@ class RecurrentModel(SequenceModel):
         width = encoded_size(interface, embedding_size)
         super().__init__(interface, width, hidden_size, dropout, input_dropout)
         self.hidden_size, self.layers = hidden_size, layers
-        self.recurrence = self.make_recurrence(width, dropout)
+        between = dropout if layers > 1 else 0.0
+        self.recurrence = self.layer_class(
+            width, hidden_size, layers, batch_first=True, dropout=between, **self.layer_options()
+        )
 
-    def make_recurrence(self, width: int, dropout: float) -> nn.Module:
-        """Return the recurrent layers; dropout acts between them."""
-        between = dropout if self.layers > 1 else 0.0
-        return self.layer_class(width, self.hidden_size, self.layers, batch_first=True, dropout=between)
+    def layer_options(self) -> dict[str, Any]:
+        """Return what the layers take besides sizes and dropout."""
+        return {}
 
     def init_cache(self, batch: int) -> Cache:
         return (self.readout.weight.new_zeros(self.layers, batch, self.hidden_size),)
@@ -54,19 +56,19 @@ class RecurrentModel(SequenceModel):
 class RNN(RecurrentModel):
     """The tanh RNN, `h_t = tanh(W h_{t-1} + U x_t + b)`."""
 
-    layer_class = nn.RNN
+    layer_class: ClassVar[type[nn.Module]] = nn.RNN
 
 
 class GRU(RecurrentModel):
     """The gated recurrent unit in torch's form, with the reset gate after the product."""
 
-    layer_class = nn.GRU
+    layer_class: ClassVar[type[nn.Module]] = nn.GRU
 
 
 class LSTM(RecurrentModel):
     """The long short-term memory in torch's form."""
 
-    layer_class = nn.LSTM
+    layer_class: ClassVar[type[nn.Module]] = nn.LSTM
 
     def init_cache(self, batch: int) -> Cache:
         (zero,) = super().init_cache(batch)
