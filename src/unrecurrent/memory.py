@@ -1,40 +1,65 @@
-"""How many past inputs a trained model uses: measured, with a band, on the task's own loss.
+"""How many past inputs a trained model uses: measured, with a band, on the task's own loss and in its own layers.
 
-Everything here is an estimate from data. What can be proved about a model is in `certificate.py`.
+Everything here is an estimate from data. What can be proved about a model is in `certificate.py`; where there is a
+certificate it stands beside the estimates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from unrecurrent.bands import COVERAGE, Decay, band_of_means, resampling_weights, spread_lags
+from unrecurrent.certificate import Certificate
 from unrecurrent.errors import InputError
+from unrecurrent.layer_memory import LANES, LayerMemory, measure_layer
+from unrecurrent.progress import progress_bars
+from unrecurrent.reading import Piece, Reader
+from unrecurrent.trajectories import Tap, Wanted, choose_segments, find_taps
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 Pair = tuple[Tensor, Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Say = Callable[[str, float], None]
 
 #: most model steps (batch × time) in one call: bounds the memory whatever the data's length
 STEPS_A_CALL = 65_536
-#: steps of a long sequence read at once by models that carry a cache
-PIECE = 512
-RESAMPLES = 1_000
-COVERAGE = 0.95
+#: the gradient is followed this many steps back, on this many sampled predictions
+GRADIENT_LAGS = 512
+GRADIENT_SAMPLES = 32
+#: differences of the hidden state that count as forgotten, as certificates use them
+FORGOTTEN = (1e-2, 1e-3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MemoryProfile:
     """An estimate of a model's memory: its loss when each prediction sees only the last k inputs.
 
-    `losses[j, p]` is the loss at sampled position `p` with the last `ks[j]` inputs, `full_losses[p]` with all.
+    `losses[j, p]` is the loss at sampled position `p` with the last `ks[j]` inputs, `full_losses[p]` with all. Beside
+    this truncation curve stand, where they could be measured, `gradient_decay` (‖∂ loss_{t+j} / ∂ x_t‖ against j) and
+    one `LayerMemory` for each recurrent layer: forgetting curve, local rates, Lyapunov exponents, certificate.
     """
 
     ks: tuple[int, ...]
     losses: np.ndarray
     full_losses: np.ndarray
+    gradient_decay: Decay | None = None
+    layers: tuple[LayerMemory, ...] = ()
+    scale: float | None = None
+    """What δ is a share of; None: the size of the full loss."""
+    context: int | None = None
+    """"Full" means at least this many inputs, because the model could not be read at once; None: all."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was not measured, and why."""
 
     @property
     def full(self) -> float:
@@ -44,7 +69,7 @@ class MemoryProfile:
     @property
     def curve(self) -> list[tuple[int, float, float, float]]:
         """The truncation curve: `(k, mean, low, high)` with the bootstrap band of the mean."""
-        low, high = self._band(self.losses)
+        low, high = band_of_means(self.losses)
         rows = zip(self.ks, self.losses.mean(axis=1), low, high, strict=True)
         return [(k, float(mean), float(below), float(above)) for k, mean, below, above in rows]
 
@@ -53,21 +78,61 @@ class MemoryProfile:
 
         `None`: not even the largest measured k is enough.
         """
-        return _smallest_k(self.ks, self.losses.mean(axis=1), self.full, delta)
+        return _smallest_k(self.ks, self.losses.mean(axis=1), self.full, delta, self.scale)
 
     def k_band(self, delta: float = 0.01) -> tuple[int | None, int | None]:
         """Return the bootstrap band of `k(delta)`; an upper end of `None` is beyond the largest measured k."""
-        weights = self._resamples()
+        weights = resampling_weights(len(self.full_losses))
         means, fulls = weights @ self.losses.T, weights @ self.full_losses
-        found = [_smallest_k(self.ks, m, f, delta) for m, f in zip(means, fulls, strict=True)]
+        found = [_smallest_k(self.ks, m, f, delta, self.scale) for m, f in zip(means, fulls, strict=True)]
         ordered = sorted(found, key=lambda k: np.inf if k is None else k)
         tail = (1 - COVERAGE) / 2
         return ordered[int(tail * len(ordered))], ordered[int((1 - tail) * len(ordered)) - 1]
 
+    @property
+    def lyapunov(self) -> list[tuple[float, float, float]]:
+        """The Lyapunov exponents of all recurrent layers a step, largest first: `(mean, low, high)`."""
+        rows = [row for layer in self.layers for row in layer.lyapunov]
+        return sorted(rows, reverse=True)
+
+    @property
+    def forgetting(self) -> Decay | None:
+        """The forgetting curve of the recurrent layer; of several, that of the one that forgets last."""
+        if not self.layers:
+            return None
+        return max((layer.forgetting for layer in self.layers), key=lambda decay: float(decay.worst[-1]))
+
+    @property
+    def certificates(self) -> list[Certificate]:
+        """What is proved about the recurrent layers, for inputs like those seen."""
+        return [layer.certificate for layer in self.layers if layer.certificate is not None]
+
+    def verdict(self, delta: float = 0.01) -> str:
+        """Return in words whether a window could replace the recurrence, and what that rests on."""
+        return "; ".join(_verdict(self, delta))
+
+    def plot(self) -> "Figure":
+        """Return the measurements as one plotly figure: `.show()` it, or `.write_html(path)`."""
+        from unrecurrent.memory_charts import figure
+
+        return figure(self)
+
+    def to_html(self, title: str = "Memory") -> str:
+        """Return a section of HTML with numbers, charts (plotly.js is expected on the page) and the verdict."""
+        from unrecurrent.memory_charts import section
+
+        return section(self, title)
+
+    def save_report(self, path: Path, title: str = "Memory") -> None:
+        """Write a page of its own that needs no network."""
+        from unrecurrent.memory_charts import page
+
+        page(self, Path(path), title)
+
     def to_dict(self, delta: float = 0.01) -> dict[str, Any]:
-        """Return the curve, the full level and k*(δ) with their bands, ready for JSON."""
+        """Return all measurements with their bands, and k*(δ), ready for JSON."""
         ks, mean, low, high = (list(column) for column in zip(*self.curve, strict=True))
-        (full_low,), (full_high,) = self._band(self.full_losses[None])
+        (full_low,), (full_high,) = band_of_means(self.full_losses[None])
         k_low, k_high = self.k_band(delta)
         return {
             "label": "estimate",
@@ -83,24 +148,75 @@ class MemoryProfile:
             "k_star": self.k(delta),
             "k_star_low": k_low,
             "k_star_high": k_high,
+            "scale": self.scale,
+            "context": self.context,
+            "gradient_decay": None if self.gradient_decay is None else self.gradient_decay.to_dict(),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "verdict": self.verdict(delta),
+            "notes": list(self.notes),
         }
 
-    def _resamples(self) -> np.ndarray:
-        """Return the weights `(resamples, positions)` of a bootstrap of the positions, the same at each call."""
-        count = len(self.full_losses)
-        return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+    def __repr__(self) -> str:
+        (full_low,), (full_high,) = band_of_means(self.full_losses[None])
+        shown = "cannot be found up to" if self.k() is None else f"= {self.k():,} {_span(self.k_band())} of at most"
+        seen = "the whole past" if self.context is None else f"at least {self.context:,} inputs"
+        lines = [
+            f"MemoryProfile (estimates on {len(self.full_losses):,} predictions, bands {COVERAGE:.0%})",
+            f"  loss with {seen}: {self.full:.6g} [{full_low:.6g}, {full_high:.6g}]",
+            f"  k*(1 %) {shown} {self.ks[-1]:,} inputs",
+        ]
+        if self.gradient_decay is not None:
+            lines.append(f"  gradient: {_gradient_in_words(self.gradient_decay)}")
+        for layer in self.layers:
+            lines += ["  " + line for line in repr(layer).splitlines()]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes), f"  {self.verdict()}"])
 
-    def _band(self, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        tail = 100 * (1 - COVERAGE) / 2
-        low, high = np.percentile(self._resamples() @ losses.T, [tail, 100 - tail], axis=0)
-        return low, high
+
+def _span(band: tuple[int | None, int | None]) -> str:
+    low, high = ("more" if k is None else f"{k:,}" for k in band)
+    return f"[{low}, {high}]"
 
 
-def _smallest_k(ks: Sequence[int], means: np.ndarray, full: float, delta: float) -> int | None:
+def _gradient_in_words(decay: Decay) -> str:
+    mean = decay.mean
+    below = next((lag for lag, value in zip(decay.lags, mean, strict=True) if value <= mean[0] / 100), None)
+    if below is None:
+        return f"still {mean[-1] / max(mean[0], 1e-300):.2g} of its size after {decay.lags[-1]:,} steps back"
+    return f"falls to 1 % of its size {below:,} steps back"
+
+
+def _verdict(profile: MemoryProfile, delta: float) -> Iterator[str]:
+    """Yield the parts of the verdict: what the loss needs, then what the very numbers need."""
+    k, longest = profile.k(delta), profile.ks[-1]
+    if k is None:
+        yield f"keep the recurrence: even the last {longest:,} inputs are not enough for the loss (estimate)"
+    else:
+        span = _span(profile.k_band(delta))
+        yield f"the last {k:,} inputs {span} are enough for the loss to within {delta:.0%} (estimate)"
+    proved = [certificate.horizon(FORGOTTEN[0]) for certificate in profile.certificates]
+    decay = profile.forgetting
+    if proved and None not in proved and len(proved) == len(profile.layers) == 1:
+        yield f"proved: inputs more than {proved[0]:,} steps back change the hidden state by at most {FORGOTTEN[0]:g}"
+    if decay is None:
+        return
+    settled = decay.settled(FORGOTTEN[1])
+    if settled is not None:
+        yield f"states forget their start to {FORGOTTEN[1]:g} within {settled:,} steps on these data (estimate)"
+        return
+    left, lag = float(decay.worst[-1]), decay.lags[-1]
+    yield (
+        f"{'and ' if k is None else ''}keep the recurrence where its very numbers matter: started from another state,"
+        f" the hidden state still differs by {left:.2g} after {lag:,} steps (estimate)"
+    )
+
+
+def _smallest_k(
+    ks: Sequence[int], means: np.ndarray, full: float, delta: float, scale: float | None = None
+) -> int | None:
     """Return the smallest of `ks` such that it and all larger ones are within `delta` of `full`."""
     found = None
     for k, mean in sorted(zip(ks, means, strict=True), reverse=True):
-        if mean > full + delta * abs(full):
+        if mean > full + delta * (abs(full) if scale is None else scale):
             break
         found = k
     return found
@@ -116,14 +232,22 @@ def measure_memory(
     positions: int = 2048,
     delta: float = 0.01,
     seed: int = 0,
+    scale: float | None = None,
+    layers: bool = True,
+    exponents: int | Literal["all"] = 16,
+    steps: int = 10_000,
+    progress: bool = False,
 ) -> MemoryProfile:
-    """Measure the loss of a causal model when each prediction sees only the last k inputs.
+    """Measure how much of the past a causal model uses: in its loss, its gradients and its recurrent layers.
 
-    For a sampled position t the model is run from its zero state on `x[t−k+1 … t]` (on all there is where
-    t < k) and its last output is scored: `L(k) = mean_t loss(f(x[t−k+1 … t]), y_t)`, the truncation of Miller
+    Truncation curve: for a sampled position t the model is run from its zero state on `x[t−k+1 … t]` (on all there is
+    where t < k) and its last output is scored: `L(k) = mean_t loss(f(x[t−k+1 … t]), y_t)`, the truncation of Miller
     and Hardt (ICLR 2019, section 3), on the same positions for every k. `L(full)` reads each sequence from
     its start. Without `ks`, powers of two up to the longest sequence (at most `longest`) are measured, then
     the integers between are bisected until k*(`delta`) is exact where the curve falls monotonically.
+
+    The recurrent layers inside (torch's own, `StableLSTM`, `CellLayer`, or a `recurrent` model with a cache) are
+    measured along trajectories on the inputs that reach them; `docs/measuring.md` says how.
 
     Args:
         model: maps inputs `(B, T)` or `(B, T, D)` to outputs `(B, T, O)`, causally and from a zero state; a model
@@ -131,13 +255,19 @@ def measure_memory(
         data: pairs of inputs `(T, …)` and targets `(T, …)`.
         loss_fn: maps outputs `(B, T, O)` and targets `(B, T, …)` to the loss of every step, `(B, T)`.
         ks: the truncation lengths to measure.
-        longest: the largest k measured where `ks` is not given and sequences are longer.
+        longest: the largest k measured where `ks` is not given and sequences are longer; also the longest lag.
         positions: how many positions to sample (all, if there are fewer).
         delta: the relative loss by which k* is defined.
         seed: seed of the sample.
+        scale: what `delta` is a share of, for losses whose full value says nothing (default: the full loss).
+        layers: whether to measure gradients and recurrent layers as well.
+        exponents: how many Lyapunov exponents to compute, or "all".
+        steps: over how many steps they are averaged.
+        progress: whether to show a bar on stderr.
 
     Raises:
-        InputError: no data, or a loss that is not one number a step.
+        InputError: no data, missing values, a model that is not causal (tried, not assumed), or a loss that is not one
+            finite number a step.
 
     >>> delay = lambda x: torch.roll(x, 2, dims=1) * (torch.arange(x.shape[1]) >= 2)[None, :, None]
     >>> x = torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
@@ -146,26 +276,78 @@ def measure_memory(
     >>> measure_memory(delay, [(x[2:], y[2:])], squared).k(0.01)
     3
     """
+    _check(data)
+    with _evaluating(model), _progress(progress) as say:
+        sample = _Sample(model, data, loss_fn, positions, seed)
+        sample.reader.check_causal(max((inputs for inputs, _ in data), key=len))
+        taps, notes = find_taps(model) if layers else ([], [])
+        wanted = choose_segments(
+            sample.lengths, sample.reader, _steps_kept(steps, longest), _lane_length(data, longest), seed
+        )
+        full = sample.full(taps, wanted, say)
+        measured = {k: sample.at(k, say) for k in (ks or _powers_of_two(_longest(data, longest)))}
+        if ks is None:
+            _bisect(measured, full, lambda k: sample.at(k, say), delta, scale)
+        gradient = sample.gradient(min(longest, GRADIENT_LAGS), say) if layers else None
+        if layers and gradient is None:
+            notes.append("not measured: the decay of gradients, because the loss has no derivative by the inputs")
+        lags = spread_lags(_longest(data, longest))
+        seen = [measure_layer(tap, lags, exponents, steps, say) for tap in taps if tap.segments]
+        notes += [f"not measured: layer {tap.name!r} was never called as one layer" for tap in taps if not tap.segments]
+    order = tuple(sorted(measured))
+    contexts = [c for c in map(sample.reader.context, sample.lengths.values()) if c is not None]
+    curve = np.stack([measured[k] for k in order])
+    context = min(contexts, default=None)
+    return MemoryProfile(order, curve, full, gradient, tuple(seen), scale, context, tuple(notes))
+
+
+def _check(data: Sequence[Pair]) -> None:
     if not data or all(len(inputs) == 0 for inputs, _ in data):
         raise InputError("there is nothing to measure: the data hold no sequence with at least one step")
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
+    for number, (inputs, targets) in enumerate(data):
+        if len(inputs) != len(targets):
+            raise InputError(
+                f"sequence {number} has {len(inputs)} inputs but {len(targets)} targets: give one target for each step"
+            )
+        if inputs.is_floating_point() and not inputs.isfinite().all():
+            raise InputError(f"the inputs of sequence {number} hold NaN or infinite values: fill or remove them first")
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     try:
-        measure = _Truncation(model, data, loss_fn, positions, seed)
-        full = measure.full()
-        measured = {k: measure.at(k) for k in (ks or _powers_of_two(_longest(data, longest)))}
-        if ks is None:
-            _bisect(measured, full, measure.at, delta)
+        if modes:
+            model.eval()
+        yield
     finally:
-        if training:
-            model.train()
-    order = tuple(sorted(measured))
-    return MemoryProfile(order, np.stack([measured[k] for k in order]), full)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Say]:
+    """Yield what moves a bar: call it with what is being done and the share of it that is done."""
+    with progress_bars(quiet=not shown) as bars:
+        bar = bars.add_task("measuring", total=1.0, info="")
+
+        def say(what: str, fraction: float) -> None:
+            bars.update(bar, description=f"{what:<28}", completed=fraction)
+
+        yield say
 
 
 def _longest(data: Sequence[Pair], limit: int) -> int:
     return min(limit, max(len(inputs) for inputs, _ in data))
+
+
+def _lane_length(data: Sequence[Pair], longest: int) -> int:
+    return _longest(data, max(longest, 512))
+
+
+def _steps_kept(steps: int, longest: int) -> int:
+    return max(steps + LANES * 200, LANES * longest)
 
 
 def _powers_of_two(longest: int) -> list[int]:
@@ -175,12 +357,18 @@ def _powers_of_two(longest: int) -> list[int]:
     return [*ks, longest] if longest > ks[-1] else ks
 
 
-def _bisect(measured: dict[int, np.ndarray], full: np.ndarray, at: Callable[[int], np.ndarray], delta: float) -> None:
+def _bisect(
+    measured: dict[int, np.ndarray],
+    full: np.ndarray,
+    at: Callable[[int], np.ndarray],
+    delta: float,
+    scale: float | None,
+) -> None:
     """Measure integers between the last k that fails and the first that passes until they are neighbours."""
     while True:
         ks = sorted(measured)
         means = np.array([measured[k].mean() for k in ks])
-        passing = _smallest_k(ks, means, float(full.mean()), delta)
+        passing = _smallest_k(ks, means, float(full.mean()), delta, scale)
         failing = max((k for k in ks if passing is not None and k < passing), default=None)
         if passing is None or failing is None or passing - failing <= 1:
             return
@@ -188,24 +376,32 @@ def _bisect(measured: dict[int, np.ndarray], full: np.ndarray, at: Callable[[int
         measured[middle] = at(middle)
 
 
-class _Truncation:
+class _Sample:
     """The sampled positions of a data set, and the losses there at any truncation length."""
 
     def __init__(self, model: nn.Module, data: Sequence[Pair], loss_fn: LossFunction, count: int, seed: int):
         self.model, self.data, self.loss_fn = model, data, loss_fn
         parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
         self.device = parameter.device if parameter is not None else data[0][0].device
+        self.reader = Reader(model, self.device)
         lengths = np.array([len(inputs) for inputs, _ in data])
         chosen = np.random.default_rng(seed).permutation(lengths.sum())[:count]
         chosen.sort()
         ends = lengths.cumsum()
         self.sequence = np.searchsorted(ends, chosen, side="right")
         self.time = chosen - (ends - lengths)[self.sequence]
+        self.reader.try_on(data[int(lengths.argmax())][0])
+
+    @cached_property
+    def lengths(self) -> dict[int, int]:
+        """The sampled sequences and their lengths."""
+        return {sequence: len(self.data[sequence][0]) for sequence in np.unique(self.sequence).tolist()}
 
     @torch.no_grad()
-    def at(self, k: int) -> np.ndarray:
+    def at(self, k: int, say: Say) -> np.ndarray:
         """Return the loss at every sampled position when only the last `k` inputs are seen."""
         losses = np.empty(len(self.time))
+        done = 0
         for chunk in self._chunks(k):
             windows = [self._window(p, k) for p in chunk]
             lasts = torch.tensor([len(w) - 1 for w in windows])
@@ -213,6 +409,8 @@ class _Truncation:
             outputs = outputs[torch.arange(len(chunk)), lasts.to(outputs.device)]
             targets = torch.stack([self.data[self.sequence[p]][1][self.time[p]] for p in chunk])
             losses[chunk] = self._loss(outputs[:, None], targets[:, None].to(self.device))[:, 0]
+            done += len(chunk)
+            say(f"the last {k:,} inputs", done / len(losses))
         return losses
 
     def _chunks(self, k: int) -> Iterator[np.ndarray]:
@@ -226,40 +424,43 @@ class _Truncation:
         inputs, end = self.data[self.sequence[position]][0], int(self.time[position]) + 1
         return inputs[max(0, end - k) : end]
 
-    def full(self) -> np.ndarray:
-        """Return the loss at every sampled position when the whole past is seen."""
+    @torch.no_grad()
+    def full(self, taps: Sequence[Tap], wanted: dict[int, list[Wanted]], say: Say) -> np.ndarray:
+        """Return the loss at every sampled position when the whole past is seen; the taps keep what is wanted."""
         losses = np.empty(len(self.time))
+        total, done = sum(self.lengths.values()), 0
         for group in self._sequence_groups():
-            for start, loss in self._pieces(group):
-                for row, sequence in enumerate(group):
-                    here = (self.sequence == sequence) & (self.time >= start)
-                    here &= self.time < start + loss.shape[1]
-                    losses[here] = loss[row, self.time[here] - start]
+            carried = self.reader.carries(self.lengths[group[0]])
+            with ExitStack() as listening:
+                for tap in taps:
+                    listening.enter_context(tap.listening())
+                for piece in self.reader.read([self.data[s][0] for s in group]):
+                    for tap in taps:
+                        tap.take(group, piece, wanted, carried)
+                    self._score(group, piece, losses)
+                    done += len(group) * (piece.first + piece.outputs.shape[1] - piece.new)
+                    say("the whole past", done / total)
+        for tap in taps:
+            tap.finish()
         return losses
+
+    def _score(self, group: Sequence[int], piece: Piece, losses: np.ndarray) -> None:
+        skip, end = piece.new - piece.first, piece.first + piece.outputs.shape[1]
+        targets = torch.stack([self.data[s][1][piece.new : end] for s in group]).to(self.device)
+        loss = self._loss(piece.outputs[:, skip:], targets)
+        for row, sequence in enumerate(group):
+            here = (self.sequence == sequence) & (self.time >= piece.new) & (self.time < end)
+            losses[here] = loss[row, self.time[here] - piece.new]
 
     def _sequence_groups(self) -> Iterator[list[int]]:
         """Yield the sampled sequences in groups of equal length, as many as fit one call."""
         by_length: dict[int, list[int]] = {}
-        for sequence in np.unique(self.sequence).tolist():
-            by_length.setdefault(len(self.data[sequence][0]), []).append(sequence)
+        for sequence, length in self.lengths.items():
+            by_length.setdefault(length, []).append(sequence)
         for length, group in by_length.items():
-            size = max(1, STEPS_A_CALL // min(length, PIECE))
+            size = max(1, STEPS_A_CALL // self.reader.steps_a_call(length))
             for start in range(0, len(group), size):
                 yield group[start : start + size]
-
-    @torch.no_grad()
-    def _pieces(self, group: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield `(start, losses (B, T))` along sequences of equal length read from their start."""
-        inputs = torch.stack([self.data[s][0] for s in group]).to(self.device)
-        targets = torch.stack([self.data[s][1] for s in group]).to(self.device)
-        advance, init_cache = getattr(self.model, "advance", None), getattr(self.model, "init_cache", None)
-        if advance is None or init_cache is None:
-            yield 0, self._loss(self.model(inputs), targets)
-            return
-        cache = init_cache(len(group))
-        for start in range(0, inputs.shape[1], PIECE):
-            outputs, cache = advance(inputs[:, start : start + PIECE], cache)
-            yield start, self._loss(outputs, targets[:, start : start + PIECE])
 
     @torch.no_grad()
     def _loss(self, outputs: Tensor, targets: Tensor) -> np.ndarray:
@@ -269,4 +470,60 @@ class _Truncation:
                 f"loss_fn must give the loss of every step, shape {tuple(outputs.shape[:2])},"
                 f" not {tuple(loss.shape)}: use reduction='none' and sum over the features"
             )
+        if not loss.isfinite().all():
+            raise InputError("the loss is NaN or infinite on these data: check the model's weights and the targets")
         return loss.double().cpu().numpy()
+
+    def gradient(self, lags: int, say: Say) -> Decay | None:
+        """Return ‖∂ loss_{t+j} / ∂ x_t‖ for j = 0 … `lags` − 1, on predictions with as much past again before that.
+
+        Symbols have no derivative: there x is the output of the model's first embedding. None: no derivative.
+        """
+        say("gradients", 0.0)
+        longest_first = np.argsort(-np.minimum(self.time + 1, lags), kind="stable")
+        chosen = np.random.default_rng(0).permutation(longest_first[: max(GRADIENT_SAMPLES, len(self.time) // 2)])
+        chosen = chosen[:GRADIENT_SAMPLES]
+        windows = [self._window(p, 2 * lags) for p in chosen]
+        lasts = torch.tensor([len(w) - 1 for w in windows], device=self.device)
+        targets = torch.stack([self.data[self.sequence[p]][1][self.time[p]] for p in chosen]).to(self.device)
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            x, outputs = self._differentiable(pad_sequence(windows, batch_first=True).to(self.device))
+            if x is None or not outputs.requires_grad:
+                return None
+            loss = self.loss_fn(
+                outputs[torch.arange(len(chosen), device=self.device), lasts][:, None], targets[:, None]
+            )
+            if not loss.requires_grad:
+                return None
+            (slope,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+        if slope is None:
+            return None
+        sizes = slope.detach().flatten(2).norm(dim=-1).double().cpu().numpy()
+        values = np.full((lags, len(chosen)), np.nan)
+        for sample, last in enumerate(lasts.tolist()):
+            back = sizes[sample, max(0, last + 1 - lags) : last + 1][::-1]
+            values[: len(back), sample] = back
+        say("gradients", 1.0)
+        return Decay.of(range(lags), values)
+
+    def _differentiable(self, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Run the model; return what to differentiate by beside its outputs."""
+        if inputs.is_floating_point():
+            inputs.requires_grad_()
+            return inputs, self.model(inputs)
+        found: list[Tensor] = []
+
+        def detach(layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            if found or output.shape[:2] != inputs.shape[:2]:
+                return None
+            found.append(output.detach().requires_grad_())
+            return found[0]
+
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        hooks = [m.register_forward_hook(detach) for m in modules if isinstance(m, nn.Embedding)]
+        try:
+            outputs = self.model(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return (found[0] if found else None), outputs
