@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from unrecurrent import kernels
 from unrecurrent.cells import TANH_PIECES
 from unrecurrent.projections import ROUNDING, shrink_rows, shrink_to, weighted_row_sums
 
@@ -38,7 +39,7 @@ class TanhPieces:
 
     def __init__(self, end: float, like: Tensor, anywhere: bool = False) -> None:
         width = 2 * end / TANH_PIECES
-        count = TANH_PIECES * 2 if anywhere else TANH_PIECES // 2
+        count = TANH_PIECES if anywhere else TANH_PIECES // 2
         low = torch.arange(count, dtype=like.dtype, device=like.device).unsqueeze(1) * (end / count)
         reach = low + width + (end / count if anywhere else 0.0)
         self.slope, self.magnitude = 1 - low * low, reach.clamp_max(end)
@@ -55,8 +56,14 @@ class RowBudget(ABC):
     """How the row sums of one kind of cell enter its contraction rate.
 
     `gates` are the blocks of `weight_hh` that share a unit's budget, `output` is the block of the output gate or None,
-    `cell_bound` bounds |c| (infinity: not at all), and `rate` is the λ to hold.
+    `cell_bound` bounds |c| (infinity: not at all), and `rate` is the λ to hold. `kind` names the formula of `cut` in
+    row_budgets.c, whose gate is f = `gate_scale` σ(a) ≤ `ceiling`.
     """
+
+    kind: str
+    ceiling: Tensor
+    gate_scale: Tensor
+    candidate_bound: Tensor
 
     gates: tuple[int, ...]
     output: int | None = None
@@ -65,12 +72,14 @@ class RowBudget(ABC):
 
     def __init__(self, rate: float, like: Tensor) -> None:
         self.rate = rate
+        self.ceiling = like
+        self.gate_scale = self.candidate_bound = torch.ones_like(like)
         self.candidate = TanhPieces(1.0, like, self.anywhere)
         self.squashed = TanhPieces(math.tanh(self.cell_bound), like, self.anywhere)
 
     @abstractmethod
     def cut(self, sums: Tensor, units: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """For row sums `(gates, n)`, the coefficients κ `(gates, n)` at the worst gate values, and λ − f `(n,)` there."""
+        """For row sums `(gates, n)` the coefficients κ `(gates, n)` at the worst gate values, and λ − f `(n,)`."""
 
     def gain(self, sums: Tensor, units: Tensor | slice = slice(None)) -> Tensor:
         """The smallest v_c `(n,)` with which these row sums contract at the rate."""
@@ -91,17 +100,17 @@ class RowBudget(ABC):
 
 
 class ScaledGate(RowBudget):
-    """The cell of `StableLSTM`: rows (f, z, o), forget gate f = F̄ σ(a) with its ceiling F̄ < λ per unit, input gate 1 − f.
+    """The cell of `StableLSTM`: rows (f, z, o), forget gate f = F̄ σ(a) with a ceiling F̄ < λ per unit, input gate 1 − f.
 
     On the piece of the candidate with slope s and |c − z| ≤ d, κ = ((1 − f) s for z, f (1 − f/F̄) d for f). The worst f
     is the smaller root of f² − 2 λ f + F̄ (λ + (1 − λ) s w_z / (d w_f)) = 0, or F̄ where there is none below.
     """
 
-    gates, output, anywhere = (1, 0), 2, False
+    kind, gates, output, anywhere = "mixture", (1, 0), 2, False
 
     def __init__(self, rate: float, ceiling: Tensor) -> None:
         super().__init__(rate, ceiling)
-        self.ceiling = ceiling
+        self.gate_scale = ceiling
 
     def cut(self, sums: Tensor, units: Tensor | slice) -> tuple[Tensor, Tensor]:
         ceiling, rate, tiny = self.ceiling[units], self.rate, torch.finfo(sums.dtype).tiny
@@ -118,10 +127,6 @@ class CappedGate(RowBudget):
     For such gates the worst value is always the highest one.
     """
 
-    def __init__(self, rate: float, ceiling: Tensor) -> None:
-        super().__init__(rate, ceiling)
-        self.ceiling = ceiling
-
 
 def highest_ceiling(rate: float) -> float:
     """The highest gate that leaves a unit's rows `LEAST_SHARE` of the rate: (λ − f) / (1 − f) = share · λ."""
@@ -131,7 +136,7 @@ def highest_ceiling(rate: float) -> float:
 class CoupledLSTMGates(CappedGate):
     """An `nn.LSTM` (rows i, f, g, o) with i = 1 − f: κ = ((1 − f) s for g, f (1 − f) d for f)."""
 
-    gates, output = (2, 1), 3
+    kind, gates, output = "mixture", (2, 1), 3
 
     def cut(self, sums: Tensor, units: Tensor | slice) -> tuple[Tensor, Tensor]:
         f = self.ceiling[units]
@@ -142,7 +147,7 @@ class CoupledLSTMGates(CappedGate):
 class LSTMGates(CappedGate):
     """An `nn.LSTM` (rows i, f, g, o) as it is, |c| ≤ 1 / (1 − f̄): κ = (i s for g, i (1 − i) |z| for i, f̄ for f)."""
 
-    gates, output, cell_bound = (2, 0, 1), 3, math.inf
+    kind, gates, output, cell_bound = "lstm", (2, 0, 1), 3, math.inf
 
     def cut(self, sums: Tensor, units: Tensor | slice) -> tuple[Tensor, Tensor]:
         f = self.ceiling[units]
@@ -152,10 +157,12 @@ class LSTMGates(CappedGate):
 
 
 class GRUGates(CappedGate):
-    """An `nn.GRU` (rows r, z, n): with β ≥ |W_n h + b_hn|, κ = ((1 − z) r s for n, (1 − z) r (1 − r) β s for r, z (1 − z) d for z).
+    """An `nn.GRU` (rows r, z, n) with β ≥ |W_n h + b_hn|.
+
+    κ = ((1 − z) r s for n, (1 − z) r (1 − r) β s for r, z (1 − z) d for z).
     """
 
-    gates = (2, 0, 1)
+    kind, gates = "gru", (2, 0, 1)
 
     def __init__(self, rate: float, ceiling: Tensor, candidate_bound: Tensor) -> None:
         super().__init__(rate, ceiling)
@@ -201,8 +208,8 @@ def needed_norm(weight: Tensor, budget: RowBudget, norm: Tensor) -> Tensor:
 def fit_norm_(weight: Tensor, budget: RowBudget, norm: Tensor, iterations: int = 1) -> None:
     """Move v, in place, towards the one in which all units need the same share of their budgets.
 
-    Iterating v ← √(v Γ(v)) tends to the eigenvector of Γ, where the largest of Γ(v) / v is smallest: no other norm allows
-    more at these weights. v is kept within a factor `NORM_SPREAD` of its geometric mean, which is 1.
+    Iterating v ← √(v Γ(v)) tends to the eigenvector of Γ, where the largest of Γ(v) / v is smallest: no other norm
+    allows more at these weights. v is kept within a factor `NORM_SPREAD` of its geometric mean, which is 1.
     """
     for _ in range(iterations):
         moved = (norm * needed_norm(weight, budget, norm).maximum(1e-3 * norm)).sqrt()
@@ -213,7 +220,31 @@ def fit_norm_(weight: Tensor, budget: RowBudget, norm: Tensor, iterations: int =
 
 @torch.no_grad()
 def hold_rows_(weight: Tensor, budget: RowBudget, norm: Tensor) -> None:
-    """Move `weight_hh`, in place, to a nearby matrix whose rows keep their budgets; rows that do are not touched."""
+    """Move `weight_hh`, in place, to a nearby matrix whose rows keep their budgets; rows that do are not touched.
+
+    Each unit's rows are soft-thresholded along the cut that is worst for them, until it holds (`shrink_rows`).
+    """
+    if not kernels.takes(weight):
+        hold_rows_reference_(weight, budget, norm)
+        return
+    limit = norm[0] if budget.output is None else budget.output_budget(norm)
+    kernels.hold_rows(
+        weight,
+        kind=budget.kind,
+        gates=budget.gates,
+        output=budget.output,
+        rate=budget.rate,
+        rounding=ROUNDING,
+        tolerance=SCALE_TOLERANCE,
+        norm=norm,
+        units=(budget.ceiling, budget.gate_scale, budget.candidate_bound, limit),
+        pieces=(budget.candidate.slope, budget.candidate.magnitude),
+    )
+
+
+@torch.no_grad()
+def hold_rows_reference_(weight: Tensor, budget: RowBudget, norm: Tensor) -> None:
+    """`hold_rows_` in PyTorch: for other devices and types, and where there is no compiler."""
     blocks, joint = blocks_of(weight), list(budget.gates)
     sums = weighted_row_sums(blocks, norm[-1])
     over = (budget.gain(sums[joint]) > norm[0] * (1 - ROUNDING)).nonzero().squeeze(-1)

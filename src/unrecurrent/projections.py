@@ -5,11 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from unrecurrent import kernels
+
 # Sums over the rows of float32 weights carry relative rounding errors below this; projections aim that much below the
 # bound, so that it holds when the same weights are summed up in float64.
 ROUNDING = 4e-6
 # Newton rounds on one threshold; three or four are usual.
 MAX_ROUNDS = 100
+# Orthogonal iterations each time the largest singular values are looked for.
+POWER_STEPS = 2
 
 
 def weighted_row_sums(weight: Tensor, weights: Tensor) -> Tensor:
@@ -18,7 +22,7 @@ def weighted_row_sums(weight: Tensor, weights: Tensor) -> Tensor:
     >>> weighted_row_sums(torch.tensor([[1.0, -2.0], [0.0, 3.0]]), torch.tensor([1.0, 0.5]))
     tensor([2.0000, 1.5000])
     """
-    return weight.abs() @ weights
+    return kernels.row_sums(weight, weights) if kernels.takes(weight) else weight.abs() @ weights
 
 
 @torch.no_grad()
@@ -30,13 +34,16 @@ def project_rows_(weight: Tensor, budget: Tensor) -> None:
 
     >>> w = torch.tensor([[3.0, -1.0], [0.5, 0.5]])
     >>> project_rows_(w, torch.tensor([2.0, 2.0]))
-    >>> w.round(decimals=4)
+    >>> w.abs().round(decimals=4)
     tensor([[2.0000, 0.0000],
             [0.5000, 0.5000]])
     """
+    ones = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    if kernels.takes(weight):
+        kernels.hold_l1(weight, ones, budget, ROUNDING)
+        return
     over = (weight.abs().sum(1) > budget * (1 - ROUNDING)).nonzero().squeeze(-1)
     if over.numel():
-        ones = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
         weight[over] = shrink_to(weight[over], ones, budget[over])
 
 
@@ -93,32 +100,40 @@ def clip_singular_values_(weight: Tensor, bound: float) -> float:
     return float(s[0])
 
 
-def first_basis(weight: Tensor, size: int = 16) -> Tensor:
+def first_basis(weight: Tensor, size: int = 32) -> Tensor:
     """Orthonormal directions `(H, k)` for `clip_top_` to begin with; the same for all matrices of one shape."""
     generator = torch.Generator().manual_seed(0)
     columns = torch.randn(weight.shape[1], min(size, *weight.shape), generator=generator)
     return torch.linalg.qr(columns)[0].to(weight)
 
 
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal columns with the span of the given ones, by Cholesky QR.
+
+    The shift keeps it defined where they are almost dependent; nearly orthonormal is enough here.
+    """
+    gram = columns.t() @ columns
+    gram.diagonal().add_(gram.diagonal().amax() * 1e-6 + torch.finfo(gram.dtype).tiny)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram).t(), columns, upper=True, left=False)
+
+
 @torch.no_grad()
-def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> float:
+def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> None:
     """Clip the singular values above `bound` among the few that `basis` `(H, k)` follows from call to call, in place.
 
-    One step of orthogonal iteration on WᵀW, a Rayleigh-Ritz step, and a correction of rank at most k: three passes over
+    Two steps of orthogonal iteration on WᵀW, a Rayleigh-Ritz step, and a correction of rank at most k: six passes over
     W instead of a decomposition. Between calls W moves little, so `basis` stays close to its largest singular vectors;
-    what it misses is caught by a later call, or by `clip_singular_values_`. Returns the smallest singular value
-    followed: where it lies above `bound`, more than k of them do.
+    what it misses is caught by a later call, or by `clip_singular_values_`. Where even the smallest value followed lies
+    above `bound`, more than k of them do: all of W is then scaled down so that it does not.
     """
-    moved = weight.t() @ (weight @ basis)
-    # Cholesky QR: two products and a k × k factorization. The shift keeps it defined where WᵀW is nearly singular.
-    gram = moved.t() @ moved
-    gram.diagonal().add_(gram.diagonal().amax() * 1e-6 + torch.finfo(gram.dtype).tiny)
-    moved = torch.linalg.solve_triangular(torch.linalg.cholesky(gram).t(), moved, upper=True, left=False)
+    moved = basis
+    for _ in range(POWER_STEPS):
+        moved = _orthonormal(weight.t() @ (weight @ moved))
     image = weight @ moved
     squares, rotation = torch.linalg.eigh(image.t() @ image)
     values = squares.clamp_min(0).sqrt()
     basis.copy_(moved @ rotation)
     if float(values[-1]) > bound:
-        excess = (values - bound * (1 - ROUNDING)).clamp_min(0) / values.clamp_min(torch.finfo(values.dtype).tiny)
-        weight.addmm_(image @ (rotation * excess), basis.t(), alpha=-1)
-    return float(values[0])
+        level = max(float(values[0]), bound)
+        excess = (values - level).clamp_min(0) / values.clamp_min(torch.finfo(values.dtype).tiny)
+        weight.addmm_(image @ (rotation * excess), basis.t(), beta=bound / level, alpha=-bound / level)

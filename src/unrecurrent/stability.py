@@ -24,7 +24,7 @@ from unrecurrent.feasible import (
     highest_ceiling,
     hold_rows_,
 )
-from unrecurrent.projections import clip_singular_values_, clip_top_, first_basis, project_rows_
+from unrecurrent.projections import clip_singular_values_, clip_top_, first_basis, project_rows_, weighted_row_sums
 from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_rate, target
 from unrecurrent.stable_lstm import StableLSTM
 
@@ -41,6 +41,8 @@ PAPER_ROWS = {"i": 0.36, "f": 0.128, "g": 0.09, "o": 0.36}
 PAPER_SPECTRAL_MARGIN = 0.01
 # Iterations for the norm of a layer that was trained without a constraint, and rounds for its drive.
 FIRST_FIT = 30
+# The singular values of an RNN are looked at after one optimizer step in so many.
+SPECTRAL_EVERY = 3
 DRIVE_ROUNDS = 8
 
 
@@ -71,6 +73,7 @@ class _Layer:
 class _Drive(ABC):
     """The supremum of U x + b_ih + b_hh of one gate over the allowed inputs, unit by unit, and a way to lower it."""
 
+    @abstractmethod
     def refresh(self, weight: Tensor) -> None:
         """Recompute what is too costly to recompute in every step, for the input rows `weight` of the gate."""
 
@@ -83,18 +86,25 @@ class _Drive(ABC):
         """Change the parameters, in place, so that the supremum with biases is at most `room` `(H,)`."""
 
 
+def _row_sums(weight: Tensor) -> Tensor:
+    return weighted_row_sums(weight, weight.new_ones(weight.shape[1]))
+
+
 def _total(biases: tuple[Tensor, Tensor] | None) -> Tensor | float:
     return biases[0] + biases[1] if biases is not None else 0.0
 
 
 class _BoxDrive(_Drive):
-    """Inputs with ‖x‖_∞ ≤ bound: the supremum is bound · Σ|U| + b, lowered by Euclidean projection of (U, b_ih, b_hh)."""
+    """Inputs with ‖x‖_∞ ≤ bound: the supremum bound · Σ|U| + b is lowered by Euclidean projection of (U, b_ih, b_hh)."""
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
 
+    def refresh(self, weight: Tensor) -> None:
+        """Nothing to do: all of it is recomputed in every step."""
+
     def highest(self, weight: Tensor) -> Tensor:
-        return self.bound * weight.abs().sum(1)
+        return self.bound * _row_sums(weight)
 
     def lower_(self, weight: Tensor, biases: tuple[Tensor, Tensor] | None, room: Tensor) -> None:
         if biases is None:
@@ -147,15 +157,15 @@ class _TableDrive(_Drive):
 
 
 class _Policy(ABC):
-    """What is done to one layer: `hold` after an optimizer step, `project` when everything is computed afresh."""
+    """What is done to one layer: `hold` after optimizer step number `step`, `project` when all is computed afresh."""
 
     @abstractmethod
-    def hold(self) -> None: ...
+    def hold(self, step: int) -> None: ...
 
     @abstractmethod
     def project(self) -> None: ...
 
-    def adapt(self) -> None:
+    def adapt(self) -> None:  # noqa: B027 - most policies have no norm to adapt
         """Let the norm in which the layer contracts follow its weights."""
 
     def memory(self) -> Tensor | None:
@@ -164,14 +174,15 @@ class _Policy(ABC):
 
 
 class _Spectral(_Policy):
-    """‖W_hh‖₂ ≤ bound for a layer of an `nn.RNN`: the few largest singular values in each step, all in `project`."""
+    """‖W_hh‖₂ ≤ bound for a layer of an `nn.RNN`: exactly in `project`, nearly in every third `hold`."""
 
     def __init__(self, layer: _Layer, bound: float, basis: Tensor | None = None) -> None:
         self.layer, self.bound = layer, bound
         self.basis = first_basis(layer.weight_hh) if basis is None else basis
 
-    def hold(self) -> None:
-        clip_top_(self.layer.weight_hh, self.bound, self.basis)
+    def hold(self, step: int) -> None:
+        if step % SPECTRAL_EVERY == 0:
+            clip_top_(self.layer.weight_hh, self.bound, self.basis)
 
     def project(self) -> None:
         clip_singular_values_(self.layer.weight_hh, self.bound)
@@ -186,8 +197,11 @@ class _MillerHardtLSTM(_Policy):
     def __init__(self, layer: _Layer, input_bound: Callable[[], float]) -> None:
         self.layer, self.input_bound, self.bound = layer, input_bound, input_bound()
 
+    def hold(self, step: int) -> None:
+        self._keep()
+
     @torch.no_grad()
-    def hold(self) -> None:
+    def _keep(self) -> None:
         layer, size = self.layer, self.layer.weight_hh.shape[1]
         rows = layer.weight_hh.new_tensor(list(PAPER_ROWS.values())).repeat_interleave(size)
         project_rows_(layer.weight_hh, rows)
@@ -198,7 +212,7 @@ class _MillerHardtLSTM(_Policy):
 
     def project(self) -> None:
         self.bound = self.input_bound()
-        self.hold()
+        self._keep()
 
 
 def _limit_bias_(bias_ih: Tensor, bias_hh: Tensor, limit: float) -> None:
@@ -237,14 +251,17 @@ class _Rows(_Policy):
 
     def _highest_argument(self) -> Tensor:
         weight, biases = self._gate_parameters()
-        recurrent = blocks_of(self.layer.weight_hh)[self.KEEPING_GATE].abs().sum(1) * self.hidden_bound
+        recurrent = _row_sums(blocks_of(self.layer.weight_hh)[self.KEEPING_GATE]) * self.hidden_bound
         return self.drive.highest(weight) + _total(biases) + recurrent
 
     def _ceiling(self) -> Tensor:
         return self._highest_argument().clamp_max(self.highest_drive).sigmoid()
 
+    def hold(self, step: int) -> None:
+        self._keep()
+
     @torch.no_grad()
-    def hold(self) -> None:
+    def _keep(self) -> None:
         hold_rows_(self.layer.weight_hh, self._budget(), self.norm)
         over = self._highest_argument() - self.highest_drive
         if bool((over > 0).any()):
@@ -254,7 +271,7 @@ class _Rows(_Policy):
     @torch.no_grad()
     def project(self) -> None:
         self.drive.refresh(self._gate_parameters()[0])
-        self.hold()
+        self._keep()
 
     @torch.no_grad()
     def adapt(self, iterations: int = 1) -> None:
@@ -266,7 +283,7 @@ class _Rows(_Policy):
 
 class _GRURows(_Rows):
     def _budget(self) -> CappedGate:
-        candidate = blocks_of(self.layer.weight_hh)[2].abs().sum(1)
+        candidate = _row_sums(blocks_of(self.layer.weight_hh)[2])
         if self.layer.biases is not None:
             candidate = candidate + self.layer.gate(self.layer.biases[1], 2).abs()
         return GRUGates(self.rate, self._ceiling(), candidate)
@@ -286,10 +303,10 @@ class _CoupledRows(_Rows):
         return CoupledLSTMGates(self.rate, self._ceiling())
 
     @torch.no_grad()
-    def hold(self) -> None:
+    def _keep(self) -> None:
         self._tie()
-        super().hold()
-        self._tie()
+        super()._keep()
+        self._mirror()
 
     @torch.no_grad()
     def project(self) -> None:
@@ -304,6 +321,12 @@ class _CoupledRows(_Rows):
             i, f = layer.gate(tensor, 0), layer.gate(tensor, 1)
             f.copy_((f - i) / 2)
             i.copy_(-f)
+
+    def _mirror(self) -> None:
+        """The input gate's rows follow those of the forget gate."""
+        layer = self.layer
+        for tensor in (layer.weight_ih, layer.weight_hh, *(layer.biases or ())):
+            layer.gate(tensor, 0).copy_(-layer.gate(tensor, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,12 +353,12 @@ class Constraint:
         self.hold()
 
     def hold(self) -> None:
-        """What happens after each step of the optimizer: keep the recurrent rows in bounds, at the known drive ranges."""
+        """What happens after each optimizer step: keep the recurrent rows in bounds, at the drive ranges last known."""
         self._steps += 1
         for policy in self._policies:
             if self._steps % ADAPT_EVERY == 0:
                 policy.adapt()
-            policy.hold()
+            policy.hold(self._steps)
 
     def project(self) -> None:
         """Move the weights to nearby ones at which the constraint holds, drive ranges and norms computed afresh."""
@@ -501,14 +524,11 @@ def _miller_hardt(module: nn.Module, bound: Callable[[], float]) -> list[_Policy
         )
     between = _bound_between(module, 1.0)
     return [
-        _MillerHardtLSTM(layer, (lambda: between) if number else bound)
-        for number, layer in enumerate(_layers(module))
+        _MillerHardtLSTM(layer, (lambda: between) if number else bound) for number, layer in enumerate(_layers(module))
     ]
 
 
-def _certified(
-    module: nn.Module, rate: float, drive: Callable[[], _Drive] | None, coupled: bool
-) -> list[_Policy]:
+def _certified(module: nn.Module, rate: float, drive: Callable[[], _Drive] | None, coupled: bool) -> list[_Policy]:
     if isinstance(module, nn.RNN | nn.RNNCell):
         return [_Spectral(layer, target(rate)) for layer in _layers(module)]
     if drive is None:
@@ -558,7 +578,7 @@ class _SelfKeepingLayer(SelfKeeping):
 
     def _hold(self) -> None:
         for policy in self._policies():
-            policy.hold()
+            policy.hold(int(self.optimizer_steps))
         self._kept_exactly = False
 
     def _adapt(self) -> None:
@@ -581,7 +601,7 @@ class _SelfKeepingLayer(SelfKeeping):
 class StableRNN(_SelfKeepingLayer, nn.RNN):
     """An `nn.RNN` that contracts at `rate` in the Euclidean norm whatever it reads: ‖W_hh‖₂ ≤ rate in every layer.
 
-    h ← tanh(U x + W h + b), or ReLU. After each optimizer step the few largest singular values of W are clipped; in
+    h ← tanh(U x + W h + b), or ReLU. After every third optimizer step the largest singular values of W are clipped; in
     `eval()` and `state_dict()` all of them, exactly. Arguments, shapes and errors are those of `nn.RNN`, and `rate`
     between 0 and 1. Source: docs/stability.md.
 

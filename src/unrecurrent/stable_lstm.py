@@ -24,7 +24,7 @@ INITIAL_USAGE = 0.5
 def reference(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, ceiling: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run one layer step by step, in ordinary differentiable operations: the outputs `(T, B, H)` and the last c `(B, H)`.
+    """Run one layer step by step, in ordinary operations: the outputs `(T, B, H)` and the last c `(B, H)`.
 
     f = F̄ σ(a_f), z = tanh(a_z), o = σ(a_o) with a = U x + W h + b; c ← f c + (1 − f) z, h ← o tanh(c).
     """
@@ -78,7 +78,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Recurrence(torch.autograd.Function):
-    """The same as `reference`, fast: forward and backward each do one matrix product and a few in-place operations a step."""
+    """`reference`, fast: forward and backward do one matrix product and a few in-place operations a step."""
 
     @staticmethod
     def forward(
@@ -131,7 +131,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _step_factors(gates: Tensor, ceiling: Tensor, squashed: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What turns dh into dc and d(a_o), and dc into d(a_f, a_z), for all steps at once: each step is then products only."""
+    """What turns dh into dc and d(a_o), and dc into d(a_f, a_z), for all steps at once."""
     f, z, o = gates.chunk(3, -1)
     to_cell = o * (1 - squashed * squashed)
     to_output = squashed * o * (1 - o)
@@ -193,7 +193,7 @@ class StableLSTM(SelfKeeping):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, device, dtype: as for `nn.LSTM`.
-        rate: bound on the contraction factor a step, between 0 and 1; a state forgets a factor e in 1 / (1 − rate) steps.
+        rate: bound on the contraction factor a step, between 0 and 1: a factor e is forgotten in 1 / (1 − rate) steps.
 
     Shapes: x `(T, B, D)`, `(B, T, D)` with `batch_first`, `(T, D)` without batch, or a `PackedSequence`; h0 and c0
     `(num_layers, B, H)`, default zeros. Parameters `weight_ih_l{k}` `(3 H, D)`, `weight_hh_l{k}` `(3 H, H)`,
@@ -248,7 +248,7 @@ class StableLSTM(SelfKeeping):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters uniformly in ±1/√H as `nn.LSTM` does, then scale the rows of W into half their budgets."""
+        """Draw all parameters uniformly in ±1/√H as `nn.LSTM` does, then scale the rows of W to half their budgets."""
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
         for weight, budget, norm in self._rows():

@@ -1,0 +1,171 @@
+"""Compile and load the C loop of `row_budgets.c`; where there is no compiler, the PyTorch code beside it does the work.
+
+The first projection of a float32 matrix on the CPU compiles the file (a quarter of a second) into the user's cache
+folder; set `UNRECURRENT_COMPILE=0` to do without.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("row_budgets.c")
+# Sums may be reordered so that they vectorize; unlike -ffast-math this does not change how the process rounds.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+MOST_GATES = 3
+KINDS = {"mixture": 0, "gru": 1, "lstm": 2}
+ROUNDS = 100
+
+
+class _Layer(ctypes.Structure):
+    """The struct of the same name in the C file."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "gates", "size", "pieces", "rounds")),
+        ("gate", ctypes.c_int32 * MOST_GATES),
+        ("output", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("rate", "rounding", "tolerance")),
+    )
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "unrecurrent"
+
+
+def _fingerprint(compiler: str) -> str:
+    """What the compiled file depends on; a home folder may be shared by machines with different processors."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    text = "\n".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), flags))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be had."""
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    if os.environ.get("UNRECURRENT_COMPILE") == "0" or compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The path of the shared library; written under another name and renamed, so that nobody loads half of it."""
+    target = _cache_folder() / f"row_budgets-{_fingerprint(compiler)}.so"
+    if not target.exists():
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            made.replace(target)
+    return target
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether the C functions can work on this matrix."""
+    return (
+        weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def _layer(
+    size: int,
+    rounding: float,
+    *,
+    kind: str = "mixture",
+    gates: Sequence[int] = (),
+    output: int | None = None,
+    rate: float = 0.0,
+    pieces: int = 0,
+    tolerance: float = 0.0,
+) -> _Layer:
+    blocks = (ctypes.c_int32 * MOST_GATES)(*gates)
+    last = -1 if output is None else output
+    return _Layer(KINDS[kind], len(gates), size, pieces, ROUNDS, blocks, last, rate, rounding, tolerance)
+
+
+def _mark_written(weight: Tensor) -> None:
+    """Let autograd know that the matrix was written to, which it cannot see of a write from C."""
+    with torch.no_grad():
+        weight[:0].zero_()
+
+
+def row_sums(weight: Tensor, weights: Tensor) -> Tensor:
+    """`weighted_row_sums` of a matrix that `takes` accepts, `(..., K)` and `(K,)`."""
+    functions, column = library(), _plain(weights)
+    assert functions is not None
+    sums = torch.empty(weight.shape[:-1], dtype=torch.float32)
+    functions.row_sums(_pointer(weight), sums.numel(), weight.shape[-1], _pointer(column), _pointer(sums))
+    return sums
+
+
+def hold_l1(weight: Tensor, weights: Tensor, limit: Tensor, rounding: float) -> None:
+    """Project the rows of a matrix `(J, K)` onto the weighted L1 balls of radius `limit` `(J,)`, in place."""
+    functions, column, limits = library(), _plain(weights), _plain(limit)
+    assert functions is not None
+    layer = _layer(weight.shape[1], rounding)
+    pointers = (_pointer(column), _pointer(limits))
+    if functions.hold_l1(ctypes.byref(layer), _pointer(weight), weight.shape[0], *pointers):
+        _mark_written(weight)
+
+
+def hold_rows(
+    weight: Tensor,
+    *,
+    kind: str,
+    gates: Sequence[int],
+    output: int | None,
+    rate: float,
+    rounding: float,
+    tolerance: float,
+    norm: Tensor,
+    units: Sequence[Tensor],
+    pieces: Sequence[Tensor],
+) -> None:
+    """`hold_rows_` of feasible.py. `units` are ceiling, gate scale, candidate bound and output budget, each `(H,)`;
+
+    `pieces` are slope and magnitude of the candidate's tanh, each `(P,)`.
+    """
+    functions = library()
+    assert functions is not None
+    count = pieces[0].numel()
+    layer = _layer(
+        weight.shape[1],
+        rounding,
+        kind=kind,
+        gates=gates,
+        output=output,
+        rate=rate,
+        pieces=count,
+        tolerance=tolerance,
+    )
+    arrays = [_plain(tensor) for tensor in (norm[-1], norm[0], *units, *pieces)]
+    if functions.hold_rows(ctypes.byref(layer), _pointer(weight), *map(_pointer, arrays)):
+        _mark_written(weight)
