@@ -1,0 +1,549 @@
+"""How long a window does this series need? Train, measure, recommend, and check the recommendation.
+
+A forecaster that could use a long past is trained and its truncation curve measured (`memory.py`) on the
+validation part; k* is the recommended window. Then feed-forward networks that see k*/2, k* and 2 k* steps and nothing
+else are trained, and what they lose and gain on the test part says whether the knee is where it was predicted.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from unrecurrent.checkpoint import load_model
+from unrecurrent.errors import InputError
+from unrecurrent.jobs import job_folder, run_jobs
+from unrecurrent.memory import MemoryProfile, measure_memory
+from unrecurrent.models import Settings, build_model, find_model_class
+from unrecurrent.naive import Baseline, baselines
+from unrecurrent.progress import progress_bars
+from unrecurrent.recipes import Recipe, find_recipe
+from unrecurrent.records import Record, make_record
+from unrecurrent.tasks import get_task
+from unrecurrent.tasks.series import SeriesTask
+from unrecurrent.training import task_interface
+from unrecurrent.worker import Job
+
+#: the recommended window is the smallest whose loss is within this fraction of that with the whole past
+DELTA = 0.01
+#: standard errors by which a difference must exceed what it is compared with
+CLEAR = 2.0
+#: resamples behind the bands of what is lost and gained
+RESAMPLES = 1_000
+#: hidden units; small, so that a series trains in seconds
+HIDDEN = {"window": 64, "tcn": 32}
+HIDDEN_RECURRENT = 64
+
+RULES = (
+    "The forecasters trained first can see all {longest} steps that are considered; the one with the smaller mean"
+    " validation loss is measured.",
+    "The window k* is the smallest k from which on its loss on the validation part, when each prediction sees only the"
+    " last k steps, stays within {delta:.0%} of the loss with the whole past (an estimate). Lengths measured: all up to"
+    " 8, then four an octave.",
+    "The band holds the bootstrap bands (over validation positions) of k* of every training.",
+    "Check: `window` (a multi-layer perceptron) and `tcn` are trained from scratch with k*/2, k* and 2 k* and"
+    " compared on the test part. The knee is later than predicted where 2 k* gains more than {delta:.0%}; where"
+    " predicted if not, and k*/2 loses more than {delta:.0%}; earlier where k*/2 loses less; each by two standard"
+    " errors over the seeds, else it cannot be told.",
+)
+
+Place = Literal["where predicted", "earlier", "later", "cannot tell"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model of the look-back table, trained once a seed; losses are mean squared errors."""
+
+    name: str
+    settings: Settings
+    #: how many steps a prediction can depend on (`None`: all)
+    reach: int | None
+    results: Sequence[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        return self.name if self.reach is None else f"{self.name} {self.reach}"
+
+    @property
+    def recurrent(self) -> bool:
+        return find_model_class(self.name).recurrent
+
+    def losses(self, split: str) -> list[float]:
+        return [result[f"{split}_loss"] for result in self.results]
+
+    def mean(self, split: str) -> float:
+        return mean(self.losses(split))
+
+    def error(self, split: str) -> float:
+        """The standard error of the mean over seeds, 0 where there is one seed."""
+        losses = self.losses(split)
+        return stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Knee:
+    """What one kind of feed-forward model loses at half the window and gains at twice it, on the test part."""
+
+    name: str
+    lost_at_half: float | None
+    gained_at_double: float
+    place: Place
+    text: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A relative change of the measured loss and its bootstrap band."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+@dataclass(frozen=True)
+class Lookback:
+    """The recommended window with all that speaks for and against it; `.text`, `.records`, `.save_report(path)`.
+
+    `window` is `None` where not even the longest window considered is enough; `band` is the range of k*
+    over bootstrap samples and trainings, an upper end of `None` lies beyond the longest window considered.
+    """
+
+    task: SeriesTask
+    measured: Trained
+    profile: MemoryProfile
+    window: int | None
+    band: tuple[int | None, int | None]
+    seed_windows: tuple[int | None, ...]
+    lost_at_half: Change | None
+    gained_at_double: Change | None
+    models: tuple[Trained, ...]
+    naive: tuple[Baseline, ...]
+    knees: tuple[Knee, ...]
+    delta: float
+    command: str
+
+    @property
+    def forward(self) -> Trained:
+        """The feed-forward model of (about) the recommended window that is best on the validation part."""
+        wanted = self.window or self.task.longest
+        near = [
+            m for m in self.models if m.reach and m is not self.measured and wanted / 1.3 <= m.reach <= 1.3 * wanted
+        ]
+        return min(near, key=lambda m: m.mean("valid"))
+
+    @property
+    def text(self) -> str:
+        """The answer in a few sentences."""
+        return " ".join([self._headline(), *self._reasons()])
+
+    def _headline(self) -> str:
+        if self.window is None:
+            return f"Look back more than {self.task.span(self.task.longest)}."
+        return f"Look back {self.task.span(self.window)}."
+
+    def _reasons(self) -> Iterator[str]:
+        yield self._measurement()
+        if self.lost_at_half is not None and self.gained_at_double is not None:
+            yield (
+                f"By that curve half of it costs {self.lost_at_half} in mean squared error and twice it gains"
+                f" {self.gained_at_double}."
+            )
+        yield from (knee.text for knee in self.knees)
+        yield self._beside()
+        best = min((m.mean("test") for m in self.models), default=math.inf)
+        better = [b for b in self.naive if b.test <= best]
+        if better:
+            yield (
+                f"No model is better than {better[0].label} ({better[0].test:.4g} on the test part): there is nothing"
+                " to learn from a longer past here, or too little data to learn it from."
+            )
+
+    def _measurement(self) -> str:
+        name, low, high = self.measured.label, *self.band
+        if self.window is None:
+            return (
+                f"The {name} still loses more than {self.delta:.0%} when it sees only the last {self.task.longest}"
+                " steps: consider longer windows, or keep the recurrence."
+            )
+        top = f"{high}" if high is not None else f"more than {self.task.longest}"
+        return (
+            f"Band of that estimate: {low if low is not None else self.task.longest} to {top} steps; the {name}"
+            f" loses less than {self.delta:.0%} when it sees nothing older."
+        )
+
+    def _beside(self) -> str:
+        ours, forward = self.measured, self.forward
+        gap = forward.mean("test") / ours.mean("test") - 1
+        word = "worse" if gap > 0 else "better"
+        return (
+            f"The {forward.name} that sees {forward.reach} steps has {forward.mean('test'):.4g} on the test part, the"
+            f" {ours.label} that was measured {ours.mean('test'):.4g}: it is {abs(gap):.1%} {word}."
+        )
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return tuple(rule.format(longest=self.task.longest, delta=self.delta) for rule in RULES)
+
+    @property
+    def records(self) -> list[Record]:
+        """Flat records: k* first, then every row of the table."""
+        return [self._window_record(), *map(self._model_record, self.models), *map(self._naive_record, self.naive)]
+
+    def _window_record(self) -> Record:
+        found = [k for k in self.seed_windows if k is not None]
+        low, high = self.band
+        return make_record(
+            command=self.command,
+            task=self.task.name,
+            model=self.measured.name,
+            metric="k_star",
+            split="valid",
+            mean=self.window,
+            std=stdev(found) if len(found) == len(self.seed_windows) > 1 else None,
+            seeds=len(self.seed_windows),
+            k_star=self.window,
+            k_low=low,
+            k_high=high,
+            longest=self.task.longest,
+            horizon=self.task.horizon,
+            seconds_a_step=self.task.seconds,
+            lost_at_half=self.lost_at_half.value if self.lost_at_half else None,
+            gained_at_double=self.gained_at_double.value if self.gained_at_double else None,
+            knees={knee.name: knee.place for knee in self.knees},
+        )
+
+    def _model_record(self, model: Trained) -> Record:
+        losses = model.losses("test")
+        return make_record(
+            command=self.command,
+            task=self.task.name,
+            model=model.name,
+            k=model.reach,
+            metric=self.task.metric.name,
+            split="test",
+            mean=mean(losses),
+            std=stdev(losses) if len(losses) > 1 else None,
+            seeds=len(losses),
+            valid_mean=model.mean("valid"),
+            hidden_size=model.settings["hidden_size"],
+            params=model.results[0]["parameters"],
+            epochs=model.results[0]["epochs"],
+            minutes=round(mean(r["minutes"] for r in model.results), 3),
+            receptive_field=model.reach,
+            k_star=self.window if model is self.measured else None,
+        )
+
+    def _naive_record(self, baseline: Baseline) -> Record:
+        return make_record(
+            command=self.command,
+            task=self.task.name,
+            model=baseline.name,
+            variant=f"season {baseline.season}" if baseline.season else None,
+            metric=self.task.metric.name,
+            split="test",
+            mean=baseline.test,
+            valid_mean=baseline.valid,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything the report shows, ready for JSON; the keys are those of a comparison, and more."""
+        low, high = self.band
+        metric, rows = self.task.metric, self.records
+        labels = ["k_star", *(m.label for m in self.models), *(b.label for b in self.naive)]
+        recurrent = [self.measured.recurrent, *(m.recurrent for m in self.models), *(False for _ in self.naive)]
+        table = [{**r, "model": n, "recurrent": c} for r, n, c in zip(rows, labels, recurrent, strict=True)]
+        return {
+            "task": self.task.name,
+            "question": f"How long a window does {self.task.name} need?",
+            "step_noun": self.task.step_noun,
+            "metric": {"name": metric.name, "direction": metric.direction, "unit": metric.unit},
+            "verdict": {"answer": "Look back", "text": self.text, "rules": list(self.rules)},
+            "window": {
+                "steps": self.window,
+                "low": low,
+                "high": high,
+                "hours": _hours(self.window, self.task.seconds),
+                "longest_considered": self.task.longest,
+                "delta": self.delta,
+                "label": "estimate",
+                "measured_on": self.measured.label,
+                "by_seed": list(self.seed_windows),
+                "lost_at_half": asdict(self.lost_at_half) if self.lost_at_half else None,
+                "gained_at_double": asdict(self.gained_at_double) if self.gained_at_double else None,
+            },
+            "knees": [asdict(knee) for knee in self.knees],
+            "feed_forward": self.forward.label,
+            "command": self.command,
+            "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": {"description": rows[0]["machine"]},
+            "commit": rows[0]["commit"],
+            "versions": {"unrecurrent": version("unrecurrent"), "torch": torch.__version__},
+            "rows": table[1:],
+            "training": {m.label: [_history(r) for r in m.results] for m in self.models},
+            "memory": {self.measured.label: self.profile.to_dict(self.delta)},
+            "configuration": {m.label: m.settings for m in self.models},
+        }
+
+    def save_report(self, path: str | Path) -> None:
+        """Write one self-contained HTML page that opens offline."""
+        from unrecurrent import report
+
+        report.save(self.to_dict(), Path(path))
+
+
+def _history(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {"seed": result["seed"], "epochs": result["history"]}
+
+
+def _hours(steps: int | None, seconds: float | None) -> float | None:
+    return steps * seconds / 3600 if steps is not None and seconds is not None else None
+
+
+def look_back(
+    task: str,
+    *,
+    model: str = "lstm",
+    seeds: int = 3,
+    epochs: int | None = None,
+    delta: float = DELTA,
+    positions: int = 1024,
+    data_dir: str | Path | None = None,
+    folder: str | Path | None = None,
+    command: str | None = None,
+    progress: bool = True,
+) -> Lookback:
+    """Say how long a window a series needs, and check it.
+
+    Args:
+        task: `series:FILE.csv?target=…` (see `series_name`), or a measured series (`ETTh1`, `tanks`, `F16`).
+        model: the recurrent forecaster; a `tcn` that sees as far as is considered stands beside it.
+        seeds: independent trainings of each model.
+        epochs: passes over the training part (default: enough for 1,600 optimizer steps).
+        delta: the relative loss that a window may cost.
+        positions: how many validation positions the truncation curve samples.
+        data_dir: where the data sets lie (default: the environment variable `UNRECURRENT_DATA`).
+        folder: where the trainings are kept, so that a second call resumes or reuses them.
+        command: the command to show in the report.
+        progress: show progress bars on stderr.
+
+    Raises:
+        InputError: a file, a column or an option that cannot be used; the sentence says which and why.
+
+    >>> look_back("jsb")
+    Traceback (most recent call last):
+    ...
+    unrecurrent.errors.InputError: 'jsb' is no time series: give a CSV file, or one of ETTh1, tanks and F16
+    """
+    found = get_task(task, data_dir=Path(data_dir) if data_dir else None)
+    if not isinstance(found, SeriesTask):
+        raise InputError(f"{task!r} is no time series: give a CSV file, or one of ETTh1, tanks and F16")
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1, not {seeds}")
+    if not 0 < delta < 1:
+        raise InputError(f"delta must lie between 0 and 1, not {delta}: it is the relative loss a window may cost")
+    if not find_model_class(model).recurrent:
+        raise InputError(f"{model!r} is not recurrent: name lstm, gru or rnn; tcn is trained beside it anyway")
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(folder) if folder else Path(temporary)
+        session = _Session(found, str(data_dir) if data_dir else None, root, seeds, epochs, progress)
+        wide = session.trained([(model, _settings(model)), ("tcn", _settings("tcn", found.length))])
+        measured = min(wide, key=lambda m: m.mean("valid"))
+        profiles = session.profiles(measured, positions)
+        pooled = _pooled(profiles)
+        window = pooled.k(delta)
+        checked = session.trained(_checks(window or found.longest, window is None))
+    return Lookback(
+        task=found,
+        measured=measured,
+        profile=pooled,
+        window=window,
+        band=_joint_band([pooled, *profiles], delta),
+        seed_windows=tuple(profile.k(delta) for profile in profiles),
+        lost_at_half=_change(pooled, window, window // 2) if window and window > 1 else None,
+        gained_at_double=_change(pooled, 2 * window, window) if window else None,
+        models=(*wide, *(m for m in checked if m.label not in {w.label for w in wide})),
+        naive=tuple(baselines(found)),
+        knees=tuple(_knees(checked, delta)) if window else (),
+        delta=delta,
+        command=command or f"unrecurrent.lookback.look_back({task!r}, seeds={seeds})",
+    )
+
+
+class _Session:
+    """What all the jobs of one look-back share."""
+
+    def __init__(
+        self, task: SeriesTask, data_dir: str | None, root: Path, seeds: int, epochs: int | None, progress: bool
+    ):
+        self.task, self.data_dir, self.root = task, data_dir, root
+        self.seeds, self.epochs, self.progress = seeds, epochs, progress
+        self.digest = task.digest()
+
+    def trained(self, wanted: Sequence[tuple[str, Settings]]) -> list[Trained]:
+        """Return the models, each trained once a seed."""
+        interface = task_interface(self.task)
+        models = []
+        for name, settings in wanted:
+            recipe = find_recipe(self.task, name, self.epochs)
+            settings = {**recipe.settings, **settings}
+            reach = build_model(name, interface, settings).receptive_field
+            models.append((Trained(name, settings, reach, ()), recipe))
+        jobs = [(m, self._job(m, recipe, seed), seed) for m, recipe in models for seed in range(self.seeds)]
+        labels = [f"{m.label}, seed {seed}" for m, _, seed in jobs]
+        results = run_jobs([job for _, job, _ in jobs], labels, quiet=not self.progress)
+        kept = [{**r, "folder": job.folder} for r, (_, job, _) in zip(results, jobs, strict=True)]
+        return [replace(m, results=kept[i * self.seeds : (i + 1) * self.seeds]) for i, (m, _) in enumerate(models)]
+
+    def _job(self, model: Trained, recipe: Recipe, seed: int) -> Job:
+        patience = max(5, recipe.training.epochs // 3)
+        training = replace(recipe.training, seed=seed, patience=patience)
+        key = [self.task.name, self.digest, model.name, model.settings, asdict(training)]
+        folder = job_folder(self.root, f"{model.label}-seed{seed}", json.dumps(key, sort_keys=True))
+        return Job(self.task.name, self.data_dir, model.name, model.settings, training, str(folder))
+
+    def profiles(self, model: Trained, positions: int) -> list[MemoryProfile]:
+        """Return the truncation curve of every training of a model, all on the same positions."""
+        data, ks = list(self.task.load("valid")), lengths_measured(self.task.longest)
+        profiles = []
+        with progress_bars(quiet=not self.progress) as bars:
+            bar = bars.add_task(f"measuring {model.label}", total=self.seeds, info="")
+            for result in model.results:
+                trained, _ = load_model(Path(result["folder"]))
+                profiles.append(measure_memory(trained, data, self.task.loss, ks=ks, positions=positions))
+                bars.advance(bar)
+        return profiles
+
+
+def lengths_measured(longest: int) -> list[int]:
+    """Return the truncation lengths: all up to 8, then four an octave, up to `longest`.
+
+    >>> lengths_measured(20)
+    [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20]
+    """
+    ks = set(range(1, 9)) | {quarter << octave for octave in range(20) for quarter in (4, 5, 6, 7)}
+    return sorted({k for k in ks if k <= longest} | {longest})
+
+
+def _settings(name: str, reach: int | None = None) -> Settings:
+    """Return the settings of a model of the table; `reach` is how many steps a feed-forward one should see."""
+    settings: Settings = {"hidden_size": HIDDEN.get(name, HIDDEN_RECURRENT)}
+    if name == "window":
+        settings["k"] = reach
+    if name == "tcn":
+        assert reach is not None
+        settings |= tcn_shape(reach)
+    return settings
+
+
+def tcn_shape(reach: int) -> Settings:
+    """Return the layers and the kernel of the TCN whose receptive field, 1 + 2 (K−1)(2^layers − 1), is nearest.
+
+    >>> tcn_shape(31), tcn_shape(1)
+    ({'layers': 4, 'kernel_size': 2}, {'layers': 1, 'kernel_size': 1})
+    """
+    shapes = [(1, 1), *((layers, kernel) for layers in range(1, 11) for kernel in range(2, 8))]
+
+    def distance(shape: tuple[int, int]) -> tuple[float, int]:
+        layers, kernel = shape
+        seen = 1 + 2 * (kernel - 1) * (2**layers - 1)
+        return round(abs(math.log(seen / reach)), 2), abs(kernel - 3)
+
+    layers, kernel = min(shapes, key=distance)
+    return {"layers": layers, "kernel_size": kernel}
+
+
+def _checks(window: int, beyond: bool) -> list[tuple[str, Settings]]:
+    """Return the feed-forward models that check a window: at half of it, at it and, unless it is too short
+    anyway, at twice it."""
+    lengths = sorted({max(1, window // 2), window} | (set() if beyond else {2 * window}))
+    return [(name, _settings(name, k)) for name in ("window", "tcn") for k in lengths]
+
+
+# --- what the measurements say ------------------------------------------------------------------------------------
+
+
+def _pooled(profiles: Sequence[MemoryProfile]) -> MemoryProfile:
+    """Return the profile of the mean loss over trainings, position by position."""
+    return replace(
+        profiles[0],
+        losses=np.mean([profile.losses for profile in profiles], axis=0),
+        full_losses=np.mean([profile.full_losses for profile in profiles], axis=0),
+    )
+
+
+def _joint_band(profiles: Sequence[MemoryProfile], delta: float) -> tuple[int | None, int | None]:
+    lows, highs = zip(*(profile.k_band(delta) for profile in profiles), strict=True)
+    low = min((k for k in lows if k is not None), default=None)
+    return low, None if None in highs else max(highs)
+
+
+def _change(profile: MemoryProfile, reference: int, shorter: int) -> Change:
+    """Return how much larger the loss is with the last `shorter` steps than with `reference`, in parts of the loss
+    with the larger of the two windows; a length beyond the measured ones stands for the whole past."""
+
+    def losses(k: int) -> np.ndarray:
+        return profile.losses[profile.ks.index(k)] if k in profile.ks else profile.full_losses
+
+    base, other = losses(reference), losses(shorter)
+    count = len(base)
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+    low, high = np.percentile((weights @ other) / (weights @ base) - 1, [2.5, 97.5])
+    return Change(float(other.mean() / base.mean() - 1), float(low), float(high))
+
+
+def _knees(checked: Sequence[Trained], delta: float) -> Iterator[Knee]:
+    for name in ("window", "tcn"):
+        models = sorted((m for m in checked if m.name == name), key=lambda m: m.reach or 0)
+        yield judge(models[0] if len(models) == 3 else None, models[-2], models[-1], delta)
+
+
+def judge(half: Trained | None, at: Trained, double: Trained, delta: float) -> Knee:
+    """Return where the knee of a kind of feed-forward model lies, from its test losses at three windows."""
+    gained, gained_error = _relative(at, double)
+    lost, lost_error = _relative(half, at) if half else (math.inf, 0.0)
+    place = place_of(lost, lost_error, gained, gained_error, delta)
+    change = f"from {at.reach} to {double.reach} steps it gains {gained:.1%}"
+    if half:
+        change = f"at {half.reach} steps it loses {lost:.1%} and {change}"
+    finding = {
+        "where predicted": "the knee is where it was predicted",
+        "earlier": "its knee is earlier than predicted",
+        "later": "its knee is later than predicted",
+        "cannot tell": f"whether the knee is there cannot be told with {len(at.results)} seeds",
+    }[place]
+    text = f"Check with {at.name}, test part: {change}: {finding}."
+    return Knee(at.name, lost if half else None, gained, place, text)
+
+
+def place_of(lost: float, lost_error: float, gained: float, gained_error: float, delta: float) -> Place:
+    """Return where a knee lies by the rules in `RULES`.
+
+    >>> place_of(0.2, 0.01, 0.005, 0.01, delta=0.01), place_of(0.2, 0.01, 0.1, 0.01, delta=0.01)
+    ('where predicted', 'later')
+    >>> place_of(-0.03, 0.01, 0.0, 0.01, delta=0.01), place_of(0.02, 0.03, 0.0, 0.01, delta=0.01)
+    ('earlier', 'cannot tell')
+    """
+    if gained - CLEAR * gained_error > delta:
+        return "later"
+    if lost - CLEAR * lost_error > delta:
+        return "where predicted"
+    return "earlier" if lost + CLEAR * lost_error <= delta else "cannot tell"
+
+
+def _relative(shorter: Trained, longer: Trained) -> tuple[float, float]:
+    """Return by how much the shorter window is worse, in parts of the longer one's test loss, and its error."""
+    short, long = shorter.mean("test"), longer.mean("test")
+    error = math.hypot(shorter.error("test") / long, short * longer.error("test") / long**2)
+    return short / long - 1, error
