@@ -7,7 +7,10 @@ import unrecurrent as ur
 SIGNATURES = {
     "certify": ["module", "inputs", "input_bound", "embedding", "h0", "readout", "method"],
     "stabilize": ["module", "rate", "method", "inputs", "input_bound", "embedding", "coupled", "optimizer"],
-    "measure_memory": ["model", "data", "loss_fn", "ks", "longest", "positions", "delta", "seed"],
+    "measure_memory": [
+        *("model", "data", "loss_fn", "ks", "longest", "positions", "delta", "seed"),
+        *("scale", "layers", "exponents", "steps", "progress"),
+    ],
     "run_parallel": ["module", "x", "h0", "tol", "chunks", "warmup", "verify", "certificate", "out"],
     "truncate": ["module", "k"],
     "compare": [

@@ -152,8 +152,8 @@ def section(profile: "MemoryProfile", title: str) -> str:
     return (
         f'<section class="memory"><h2>{escape(title)}</h2>'
         f"<p><strong>{escape(_sentence(profile.verdict()))}</strong></p>{drawing}"
-        "<p>All of this is an estimate from data unless it says “proved”. Lines: medians (loss: mean). Dotted: the worst"
-        " sample. Shaded: 95 % bootstrap band of the mean; bars: 95 % over blocks of time.</p>"
+        "<p>All of this is an estimate from data unless it says “proved”. Lines: medians (loss: mean). Dotted: the"
+        " worst sample. Shaded: 95 % bootstrap band of the mean; bars: 95 % over blocks of time.</p>"
         f"<details><summary>The numbers</summary><pre>{escape(repr(profile))}</pre></details></section>"
     )
 
