@@ -9,7 +9,8 @@ from unrecurrent.comparison import compare
 from unrecurrent.errors import InputError
 from unrecurrent.memory import MemoryProfile, measure_memory
 from unrecurrent.parallel import Parallel, run_parallel
-from unrecurrent.stability import stabilize
+from unrecurrent.stability import StableGRU, StableLSTM, StableRNN, stabilize
+from unrecurrent.truncation import truncate
 
 __all__ = [
     "Cell",
@@ -17,9 +18,13 @@ __all__ = [
     "InputError",
     "MemoryProfile",
     "Parallel",
+    "StableGRU",
+    "StableLSTM",
+    "StableRNN",
     "certify",
     "compare",
     "measure_memory",
     "run_parallel",
     "stabilize",
+    "truncate",
 ]

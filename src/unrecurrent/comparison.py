@@ -11,6 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unrecurrent.certificate import Certificate
 from unrecurrent.checkpoint import load_model
@@ -286,25 +287,32 @@ class _Session:
         labels = [c.label for c in contenders]
         trained = [load_model(Path(r[0]["folder"]))[0] for r in results]
         data = memory_data(self.task)
-        scale = self.task.metric.scale
-        profiles = [
-            measure_memory(model, data, lambda o, t: scale * self.task.loss(o, t), positions=positions, delta=DELTA)
-            for model in trained
-        ]
+        profiles = [self._profile(model, data, positions) for model in trained]
         speeds = measure_speed(dict(zip(labels, trained, strict=True)), self.task)
+        proofs = [certificate_on_data(m, self.task) if isinstance(m, RecurrentModel) else None for m in trained]
         return [
-            Entry(c, recipe, result, model.receptive_field, speeds[c.label], profile, _certificate(model, self.task))
-            for c, recipe, result, model, profile in zip(contenders, recipes, results, trained, profiles, strict=True)
+            Entry(c, recipe, result, model.receptive_field, speeds[c.label], profile, proof)
+            for c, recipe, result, model, profile, proof in zip(
+                contenders, recipes, results, trained, profiles, proofs, strict=True
+            )
         ]
 
+    def _profile(self, model: SequenceModel, data: Sequence[Example], positions: int) -> MemoryProfile:
+        """Return the truncation curve and, of a recurrent model, the local rate; its exponents would take longer."""
+        scale = self.task.metric.scale
 
-def _certificate(model: SequenceModel, task: Task) -> Certificate | None:
-    """Return what is proved of a recurrent model, for inputs in the range of the task's data."""
-    if not isinstance(model, RecurrentModel):
-        return None
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            return scale * self.task.loss(outputs, targets)
+
+        return measure_memory(model, data, loss, positions=positions, delta=DELTA, exponents=1, steps=512)
+
+
+def certificate_on_data(model: RecurrentModel, task: Task, method: str = "best") -> Certificate:
+    """Return what is proved of a recurrent model for inputs in the range of the task's data."""
     if model.embedding is not None:
-        return model.certificate()
-    return model.certificate(inputs=torch.cat([x for split in SPLITS for x, _ in task.load(split)]))
+        return model.certificate(method=method)
+    inputs = torch.cat([x for split in SPLITS for x, _ in task.load(split)])
+    return model.certificate(inputs=inputs, method=method)
 
 
 def memory_data(task: Task) -> list[Example]:
@@ -361,6 +369,7 @@ def _record(entry: Entry, task: Task, command: str) -> Record:
         receptive_field=entry.receptive_field,
         k_star=entry.memory.k(DELTA),
         **_proved(entry.certificate),
+        local_rate=max((layer.local_rate for layer in entry.memory.layers), default=None),
     )
 
 
