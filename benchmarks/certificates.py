@@ -4,10 +4,10 @@
     python benchmarks/certificates.py --runs runs --task jsb
 
 Reads the recurrent models that `compare` trained and writes results/certificates.json, for inputs in the range of
-the task's data. `variant` "conditions" asks whether the four conditions of Miller and Hardt (for the RNN: the spectral norm)
-hold, `mean` is the share of the seeds for which they do; "sum test" is the rate their sum test gives (RNN: the norm),
-"certify" the rate and horizon that `certify` proves, "local" the median growth of a small difference of states over 16
-steps along the test data, as a factor a step: an estimate.
+the task's data. `variant` "conditions" asks whether the four conditions of Miller and Hardt (for the RNN: the spectral
+norm) hold, `mean` is the share of the seeds for which they do; "sum test" is the rate their sum test gives (RNN: the
+norm), "certify" the rate and horizon that `certify` proves, "local" the median growth of a small difference of states
+over 16 steps along the test data, as a factor a step: an estimate.
 """
 
 import argparse
