@@ -10,16 +10,16 @@ from torch import Tensor
 
 from unrecurrent.bands import Decay
 from unrecurrent.certificate import Certificate, certify
-from unrecurrent.lyapunov import exponents, follow, forgetting, local_rates
-from unrecurrent.trajectories import CacheTap, CellLayer, Lanes, Recurrence, Segment, Tap, make_lanes
+from unrecurrent.lyapunov import TRANSIENT_MOST, exponents, follow, forgetting, local_rates
+from unrecurrent.trajectories import CacheTap, CellLayer, Lanes, Recurrence, Segment, Tap, make_lanes, shortened
 
 #: trajectories followed side by side
 LANES = 16
 #: over how many steps local rates are taken, at how many states
 RATE_STEPS = (1, 16)
 RATE_STATES = 64
-#: segments, and other start states for each, of the forgetting curve
-SEGMENTS, OTHERS = 16, 3
+#: most segments, and fewest pairs of start states in all, of the forgetting curve
+SEGMENTS, PAIRS = 16, 48
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,7 +109,8 @@ def measure_layer(
     recurrence = tap.recurrence()
     wanted = recurrence.state_size if count == "all" else count
     length = max(len(s.inputs) for s in tap.segments)
-    lanes = make_lanes(tap.segments, LANES, min(max(512, length), -(-steps // LANES) + 200))
+    length = min(max(512, length), -(-steps // LANES) + TRANSIENT_MOST)
+    lanes = make_lanes(shortened(recurrence, tap.segments, length), LANES, length)
     passage = follow(recurrence, lanes, wanted, 2 * RATE_STATES // lanes.count + 1, lambda f: say("exponents", f))
     rates = _rates(recurrence, lanes, passage.times, passage.states)
     say("local rates", 1.0)
@@ -148,14 +149,15 @@ def _rates(recurrence: Recurrence, lanes: Lanes, times: Sequence[int], states: T
 
 
 def _other_starts(segments: Sequence[Segment], visited: Tensor) -> Tensor:
-    """For each segment `OTHERS` states to start from instead: zero (where the model did not) and visited ones."""
+    """For each segment the states to start from instead: zero (where the model did not) and visited ones."""
+    count = -(-PAIRS // len(segments))
     flat = visited.flatten(0, 1)
     flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))]
     rows = []
     for number, segment in enumerate(segments):
-        shifted = flat.roll(-number * OTHERS, 0)
+        shifted = flat.roll(-number * count, 0)
         unlike = shifted[(shifted != segment.start).any(1)]
-        picked = (unlike if len(unlike) else shifted).repeat(OTHERS, 1)[:OTHERS].clone()
+        picked = (unlike if len(unlike) else shifted).repeat(count, 1)[:count].clone()
         if segment.start.any():
             picked[0] = 0.0
         rows.append(picked)

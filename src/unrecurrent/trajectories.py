@@ -303,8 +303,28 @@ class Lanes:
         return self.inputs.shape[1]
 
 
+@torch.no_grad()
+def shortened(recurrence: Recurrence, segments: Sequence[Segment], length: int) -> list[Segment]:
+    """Cut segments into ones of at most `length` steps; the states between are found by running through."""
+    longest = max(len(s.inputs) for s in segments)
+    if longest <= length:
+        return list(segments)
+    inputs = nn.utils.rnn.pad_sequence([s.inputs for s in segments])
+    states = torch.stack([s.start for s in segments])
+    short = []
+    for begin in range(0, longest, length):
+        short += [
+            Segment(segment.inputs[begin : begin + length], state)
+            for segment, state in zip(segments, states, strict=True)
+            if begin < len(segment.inputs)
+        ]
+        for x in inputs[begin : begin + length] if begin + length < longest else ():
+            states = recurrence.step(x, states)
+    return short
+
+
 def make_lanes(segments: Sequence[Segment], most: int, length: int) -> Lanes:
-    """Lay segments out in at most `most` lanes of `length` steps (fewer and shorter where there is less)."""
+    """Lay segments of at most `length` steps out in at most `most` lanes of `length` steps (fewer for fewer)."""
     total = sum(len(s.inputs) for s in segments)
     length = min(length, total)
     count = max(1, min(most, total // length))
