@@ -3,8 +3,8 @@
     python benchmarks/certify_speed.py
 
 Each layer is measured in a process of its own, so that the peak memory is its own; two kinds of weights: those torch
-starts with, for which the search for a rate ends soon, and contracting ones, for which it is longest. Memory is what the
-process grew by, at its peak; horizons are for 0.01.
+starts with, for which the search for a rate ends soon, and contracting ones, for which it is longest. Memory is what
+the process grew by at its peak; horizons are for 0.01.
 """
 
 import argparse
