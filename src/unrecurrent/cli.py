@@ -13,6 +13,7 @@ import typer
 from unrecurrent.errors import InputError
 
 if TYPE_CHECKING:
+    from unrecurrent.certificate import Certificate
     from unrecurrent.data import DataFile
 
 app = typer.Typer(
@@ -162,12 +163,60 @@ def train(
         print(f"{scores['valid']:.4f} on validation (epoch {run.progress.best_epoch}). Checkpoint: {out}")
 
 
+@app.command(epilog="Example: unrecurrent measure runs/jsb-lstm --report memory.html")
+def measure(
+    model: Annotated[Path, typer.Argument(help="The folder of a training run, or an ONNX file.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A task, a text file, or inputs as .npy, .npz or .csv (default: the checkpoint's own task)."),
+    ] = None,
+    longest: Annotated[int, typer.Option(help="Longest window and lag to measure.", min=1)] = 2048,
+    positions: Annotated[int, typer.Option(help="How many predictions to sample.", min=1)] = 512,
+    delta: Annotated[float, typer.Option(help="The relative loss that k* may cost.", min=0)] = 0.01,
+    exponents: Annotated[str, typer.Option(help="How many Lyapunov exponents, or all.")] = "16",
+    steps: Annotated[int, typer.Option(help="Over how many steps they are averaged.", min=1)] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """How much memory does this trained model use? Estimates with bands, beside what is proved."""
+    from unrecurrent.measuring import measure_file
+
+    if exponents != "all" and not exponents.isdecimal():
+        raise InputError(f"--exponents is {exponents!r}: give a whole number or all")
+    profiles = measure_file(
+        model,
+        data,
+        data_dir=data_dir,
+        longest=longest,
+        positions=positions,
+        delta=delta,
+        exponents="all" if exponents == "all" else int(exponents),
+        steps=steps,
+        seed=seed,
+        progress=True,
+    )
+    if report:
+        from unrecurrent.memory_charts import page
+
+        page(profiles, report, f"Memory of {model.name}")
+    if as_json:
+        _print_json({name: profile.to_dict(delta) for name, profile in profiles.items()})
+        return
+    for name, profile in profiles.items():
+        print(f"{name}: {profile}")
+    if report:
+        print(f"Report: {report}")
+
+
 @app.command(epilog="Example: unrecurrent certify runs/jsb-lstm --eps 0.01")
 def certify(
-    checkpoint: Annotated[Path, typer.Argument(help="The folder of a training run.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The folder of a training run, or an ONNX file.")],
     input_bound: Annotated[float | None, typer.Option(help="Inputs have no entry larger than this.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="A task: the statement covers inputs in its test data's range.")
+        str | None,
+        typer.Option(help="A task (for ONNX: .npy inputs): the statement covers inputs in its test data's range."),
     ] = None,
     eps: Annotated[float, typer.Option(help="The change of the hidden state the horizon is about.")] = 1e-2,
     method: Annotated[str, typer.Option(help="best, componentwise, spectral or miller-hardt.")] = "best",
@@ -181,6 +230,14 @@ def certify(
     from unrecurrent.models.recurrent import RecurrentModel
     from unrecurrent.tasks import get_task
 
+    if checkpoint.suffix == ".onnx":
+        from unrecurrent.measuring import load_arrays
+        from unrecurrent.onnx_graph import load_graph
+
+        arrays = load_arrays(Path(data)) if data else None
+        proved = load_graph(checkpoint).certificates(arrays, input_bound=input_bound, method=method)
+        _show_certificates(proved, eps, as_json)
+        return
     model, config = load_model(checkpoint)
     if not isinstance(model, RecurrentModel):
         reach = f"an output depends on the last {model.receptive_field} inputs alone"
@@ -189,13 +246,74 @@ def certify(
     if data:
         inputs = torch.cat([example.inputs for example in get_task(data, data_dir=data_dir).load("test")])
     certificate = model.certificate(inputs=inputs, input_bound=input_bound, method=method)
-    horizon = certificate.horizon(eps)
+    _show_certificates({checkpoint.name: certificate}, eps, as_json)
+
+
+def _show_certificates(certificates: dict[str, "Certificate"], eps: float, as_json: bool) -> None:
     if as_json:
-        _print_json({**certificate.to_dict(), "eps": eps, "horizon": horizon})
+        shown = [{**c.to_dict(), "eps": eps, "horizon": c.horizon(eps)} for c in certificates.values()]
+        _print_json(shown[0] if len(shown) == 1 else dict(zip(certificates, shown, strict=True)))
         return
-    print(certificate)
-    if horizon is not None:
-        print(f"Proved: inputs more than {horizon:,} steps back change the hidden state by at most {eps:g}.")
+    for name, certificate in certificates.items():
+        print(certificate if len(certificates) == 1 else f"{name}: {certificate}")
+        horizon = certificate.horizon(eps)
+        if horizon is not None:
+            print(f"Proved: inputs more than {horizon:,} steps back change the hidden state by at most {eps:g}.")
+
+
+@app.command(epilog="Example: unrecurrent lookback ETTh1.csv --target OT --horizon 24 --report lookback.html")
+def lookback(
+    data: Annotated[str, typer.Argument(help="A CSV file, or ETTh1, tanks or F16. Its first line names the columns.")],
+    target: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
+    horizon: Annotated[
+        int | None, typer.Option(help="Steps ahead (default 1; 0: estimate it from the covariates alone).")
+    ] = None,
+    covariates: Annotated[
+        str | None, typer.Option(help="Columns that help, separated by commas, or all (default: none).")
+    ] = None,
+    id_column: Annotated[str | None, typer.Option("--id", help="The column that tells several series apart.")] = None,
+    time: Annotated[str | None, typer.Option(help="The column of ISO dates (default: the first that is).")] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(help="Longest window considered (default: an eighth of the training part, to 256)."),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="The relative loss that the window may cost.")] = 0.01,
+    model: Annotated[str, typer.Option(help="The recurrent forecaster: lstm, gru or rnn.")] = "lstm",
+    seeds: Annotated[int, typer.Option(help="Independent trainings of each model.")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training part.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where trainings are kept: run again to resume or reuse.")] = Path("runs"),
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Write the rows as a JSON list of records here.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """How long a window does this series need? Trains, measures, recommends, and checks the recommendation."""
+    from unrecurrent.lookback import look_back, series_of
+    from unrecurrent.records import command_line, write_records
+
+    named = tuple(covariates.split(",")) if covariates else ()
+    options = {"horizon": horizon, "covariates": named, "id_column": id_column, "time": time, "longest": longest}
+    found = look_back(
+        series_of(data, target=target, **options),
+        model=model,
+        seeds=seeds,
+        epochs=epochs,
+        delta=delta,
+        data_dir=data_dir,
+        folder=runs,
+        command=command_line(),
+    )
+    if records:
+        write_records(records, found.records)
+    if report:
+        found.save_report(report)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    print(found.table)
+    print(found.text)
+    if report:
+        print(f"\nReport: {report}")
 
 
 @data_app.command("list", epilog="Example: unrecurrent data list")

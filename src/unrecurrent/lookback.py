@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,21 +22,21 @@ import torch
 from unrecurrent.checkpoint import load_model
 from unrecurrent.errors import InputError
 from unrecurrent.jobs import job_folder, run_jobs
+from unrecurrent.knee import Knee, Trained, judge_all
 from unrecurrent.memory import MemoryProfile, measure_memory
 from unrecurrent.models import Settings, build_model, find_model_class
 from unrecurrent.naive import Baseline, baselines
 from unrecurrent.progress import progress_bars
 from unrecurrent.recipes import Recipe, find_recipe
 from unrecurrent.records import Record, make_record
-from unrecurrent.tasks import get_task
-from unrecurrent.tasks.series import SeriesTask
+from unrecurrent.tasks import get_task, task_names
+from unrecurrent.tasks.csv_table import read_csv
+from unrecurrent.tasks.series import PREFIX, SeriesTask, series_name
 from unrecurrent.training import task_interface
 from unrecurrent.worker import Job
 
 #: the recommended window is the smallest whose loss is within this fraction of that with the whole past
 DELTA = 0.01
-#: standard errors by which a difference must exceed what it is compared with
-CLEAR = 2.0
 #: resamples behind the bands of what is lost and gained
 RESAMPLES = 1_000
 #: hidden units; small, so that a series trains in seconds
@@ -55,49 +55,6 @@ RULES = (
     " predicted if not, and k*/2 loses more than {delta:.0%}; earlier where k*/2 loses less; each by two standard"
     " errors over the seeds, else it cannot be told.",
 )
-
-Place = Literal["where predicted", "earlier", "later", "cannot tell"]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model of the look-back table, trained once a seed; losses are mean squared errors."""
-
-    name: str
-    settings: Settings
-    #: how many steps a prediction can depend on (`None`: all)
-    reach: int | None
-    results: Sequence[dict[str, Any]]
-
-    @property
-    def label(self) -> str:
-        return self.name if self.reach is None else f"{self.name} {self.reach}"
-
-    @property
-    def recurrent(self) -> bool:
-        return find_model_class(self.name).recurrent
-
-    def losses(self, split: str) -> list[float]:
-        return [result[f"{split}_loss"] for result in self.results]
-
-    def mean(self, split: str) -> float:
-        return mean(self.losses(split))
-
-    def error(self, split: str) -> float:
-        """The standard error of the mean over seeds, 0 where there is one seed."""
-        losses = self.losses(split)
-        return stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-
-
-@dataclass(frozen=True)
-class Knee:
-    """What one kind of feed-forward model loses at half the window and gains at twice it, on the test part."""
-
-    name: str
-    lost_at_half: float | None
-    gained_at_double: float
-    place: Place
-    text: str
 
 
 @dataclass(frozen=True)
@@ -191,6 +148,32 @@ class Lookback:
             f"The {forward.name} that sees {forward.reach} steps has {forward.mean('test'):.4g} on the test part, the"
             f" {ours.label} that was measured {ours.mean('test'):.4g}: it is {abs(gap):.1%} {word}."
         )
+
+    @property
+    def table(self) -> str:
+        """The table as text: what each model sees and its mean squared errors."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        title = f"{self.task.name}: mean squared error, {self.task.metric.unit}"
+        table = Table("model", title=title, box=box.SIMPLE_HEAD, title_justify="left")
+        for heading in ("sees", "validation", "test", "params"):
+            table.add_column(heading, justify="right")
+        for model in self.models:
+            mark = " (measured)" if model is self.measured else ""
+            spread = f" ± {stdev(model.losses('test')):.4f}" if len(model.results) > 1 else ""
+            test = f"{model.mean('test'):.4f}{spread}"
+            seen = "all" if model.reach is None else f"{model.reach:,}"
+            parameters = f"{model.results[0]['parameters']:,}"
+            table.add_row(model.name + mark, seen, f"{model.mean('valid'):.4f}", test, parameters)
+        for row in self.naive:
+            seen = f"season {row.season}" if row.season else "1" if self.task.horizon else "0"
+            table.add_row(row.name, seen, f"{row.valid:.4f}", f"{row.test:.4f}", "0")
+        console = Console(width=100, color_system=None)
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get().rstrip()
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -311,6 +294,26 @@ def _hours(steps: int | None, seconds: float | None) -> float | None:
     return steps * seconds / 3600 if steps is not None and seconds is not None else None
 
 
+def series_of(data: str, **options: Any) -> str:
+    """Return the name of the task on `data`, a CSV file or a measured series; options are those of `series_name`.
+
+    Raises:
+        InputError: a file without a target, or a measured series with options of its own.
+
+    >>> series_of("ETTh1"), series_of("load.csv", target="MW")
+    ('ETTh1', 'series:load.csv?target=MW')
+    """
+    given = {key: value for key, value in options.items() if value not in (None, ())}
+    if data in task_names() or data.startswith(PREFIX):
+        if given:
+            raise InputError(f"{data} brings its own target, horizon and window: leave out {', '.join(given)}")
+        return data
+    if "target" not in given:
+        known = ", ".join(read_csv(Path(data).expanduser()).columns)
+        raise InputError(f"name the column to predict with --target: the columns of {data} are {known}")
+    return series_name(data, **given)
+
+
 def look_back(
     task: str,
     *,
@@ -375,7 +378,7 @@ def look_back(
         gained_at_double=_change(pooled, 2 * window, window) if window else None,
         models=(*wide, *(m for m in checked if m.label not in {w.label for w in wide})),
         naive=tuple(baselines(found)),
-        knees=tuple(_knees(checked, delta)) if window else (),
+        knees=tuple(judge_all(checked, delta)) if window else (),
         delta=delta,
         command=command or f"unrecurrent.lookback.look_back({task!r}, seeds={seeds})",
     )
@@ -501,49 +504,3 @@ def _change(profile: MemoryProfile, reference: int, shorter: int) -> Change:
     weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
     low, high = np.percentile((weights @ other) / (weights @ base) - 1, [2.5, 97.5])
     return Change(float(other.mean() / base.mean() - 1), float(low), float(high))
-
-
-def _knees(checked: Sequence[Trained], delta: float) -> Iterator[Knee]:
-    for name in ("window", "tcn"):
-        models = sorted((m for m in checked if m.name == name), key=lambda m: m.reach or 0)
-        yield judge(models[0] if len(models) == 3 else None, models[-2], models[-1], delta)
-
-
-def judge(half: Trained | None, at: Trained, double: Trained, delta: float) -> Knee:
-    """Return where the knee of a kind of feed-forward model lies, from its test losses at three windows."""
-    gained, gained_error = _relative(at, double)
-    lost, lost_error = _relative(half, at) if half else (math.inf, 0.0)
-    place = place_of(lost, lost_error, gained, gained_error, delta)
-    change = f"from {at.reach} to {double.reach} steps it gains {gained:.1%}"
-    if half:
-        change = f"at {half.reach} steps it loses {lost:.1%} and {change}"
-    finding = {
-        "where predicted": "the knee is where it was predicted",
-        "earlier": "its knee is earlier than predicted",
-        "later": "its knee is later than predicted",
-        "cannot tell": f"whether the knee is there cannot be told with {len(at.results)} seeds",
-    }[place]
-    text = f"Check with {at.name}, test part: {change}: {finding}."
-    return Knee(at.name, lost if half else None, gained, place, text)
-
-
-def place_of(lost: float, lost_error: float, gained: float, gained_error: float, delta: float) -> Place:
-    """Return where a knee lies by the rules in `RULES`.
-
-    >>> place_of(0.2, 0.01, 0.005, 0.01, delta=0.01), place_of(0.2, 0.01, 0.1, 0.01, delta=0.01)
-    ('where predicted', 'later')
-    >>> place_of(-0.03, 0.01, 0.0, 0.01, delta=0.01), place_of(0.02, 0.03, 0.0, 0.01, delta=0.01)
-    ('earlier', 'cannot tell')
-    """
-    if gained - CLEAR * gained_error > delta:
-        return "later"
-    if lost - CLEAR * lost_error > delta:
-        return "where predicted"
-    return "earlier" if lost + CLEAR * lost_error <= delta else "cannot tell"
-
-
-def _relative(shorter: Trained, longer: Trained) -> tuple[float, float]:
-    """Return by how much the shorter window is worse, in parts of the longer one's test loss, and its error."""
-    short, long = shorter.mean("test"), longer.mean("test")
-    error = math.hypot(shorter.error("test") / long, short * longer.error("test") / long**2)
-    return short / long - 1, error

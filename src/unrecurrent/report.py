@@ -56,7 +56,7 @@ def render(comparison: Mapping[str, Any]) -> str:
     """
     view = View.of(comparison)
     charts = build_charts(view)
-    question = escape(f"Does {view.task} need a recurrent model?")
+    question = escape(str(comparison.get("question") or f"Does {view.task} need a recurrent model?"))
     sections = [
         _results_section(view),
         *(_charts_section(heading, group) for heading, group in charts.items()),

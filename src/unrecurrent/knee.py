@@ -1,0 +1,102 @@
+"""Where more of the past stops paying: feed-forward models at half a window, at it, and at twice it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any, Literal
+
+from unrecurrent.models import Settings, find_model_class
+
+#: standard errors by which a difference must exceed what it is compared with
+CLEAR = 2.0
+
+Place = Literal["where predicted", "earlier", "later", "cannot tell"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model of the look-back table, trained once a seed; losses are mean squared errors."""
+
+    name: str
+    settings: Settings
+    #: how many steps a prediction can depend on (`None`: all)
+    reach: int | None
+    results: Sequence[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        return self.name if self.reach is None else f"{self.name} {self.reach}"
+
+    @property
+    def recurrent(self) -> bool:
+        return find_model_class(self.name).recurrent
+
+    def losses(self, split: str) -> list[float]:
+        return [result[f"{split}_loss"] for result in self.results]
+
+    def mean(self, split: str) -> float:
+        return mean(self.losses(split))
+
+    def error(self, split: str) -> float:
+        """The standard error of the mean over seeds, 0 where there is one seed."""
+        losses = self.losses(split)
+        return stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Knee:
+    """What one kind of feed-forward model loses at half the window and gains at twice it, on the test part."""
+
+    name: str
+    lost_at_half: float | None
+    gained_at_double: float
+    place: Place
+    text: str
+
+
+def judge_all(checked: Sequence[Trained], delta: float) -> Iterator[Knee]:
+    """Yield the knee of each kind of feed-forward model among those trained at half a window, at it and at twice it."""
+    for name in ("window", "tcn"):
+        models = sorted((m for m in checked if m.name == name), key=lambda m: m.reach or 0)
+        yield judge(models[0] if len(models) == 3 else None, models[-2], models[-1], delta)
+
+
+def judge(half: Trained | None, at: Trained, double: Trained, delta: float) -> Knee:
+    """Return where the knee of a kind of feed-forward model lies, from its test losses at three windows."""
+    gained, gained_error = _relative(at, double)
+    lost, lost_error = _relative(half, at) if half else (math.inf, 0.0)
+    place = place_of(lost, lost_error, gained, gained_error, delta)
+    change = f"from {at.reach} to {double.reach} steps it gains {gained:.1%}"
+    if half:
+        change = f"at {half.reach} steps it loses {lost:.1%} and {change}"
+    finding = {
+        "where predicted": "the knee is where it was predicted",
+        "earlier": "its knee is earlier than predicted",
+        "later": "its knee is later than predicted",
+        "cannot tell": f"whether the knee is there cannot be told with {len(at.results)} seeds",
+    }[place]
+    text = f"Check with {at.name}, test part: {change}: {finding}."
+    return Knee(at.name, lost if half else None, gained, place, text)
+
+
+def place_of(lost: float, lost_error: float, gained: float, gained_error: float, delta: float) -> Place:
+    """Return where a knee lies by the rules in `RULES`.
+
+    >>> place_of(0.2, 0.01, 0.005, 0.01, delta=0.01), place_of(0.2, 0.01, 0.1, 0.01, delta=0.01)
+    ('where predicted', 'later')
+    >>> place_of(-0.03, 0.01, 0.0, 0.01, delta=0.01), place_of(0.02, 0.03, 0.0, 0.01, delta=0.01)
+    ('earlier', 'cannot tell')
+    """
+    if gained - CLEAR * gained_error > delta:
+        return "later"
+    if lost - CLEAR * lost_error > delta:
+        return "where predicted"
+    return "earlier" if lost + CLEAR * lost_error <= delta else "cannot tell"
+
+
+def _relative(shorter: Trained, longer: Trained) -> tuple[float, float]:
+    """Return by how much the shorter window is worse, in parts of the longer one's test loss, and its error."""
+    short, long = shorter.mean("test"), longer.mean("test")
+    error = math.hypot(shorter.error("test") / long, short * longer.error("test") / long**2)
+    return short / long - 1, error
