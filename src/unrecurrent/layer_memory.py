@@ -114,7 +114,7 @@ def measure_layer(
     passage = follow(recurrence, lanes, wanted, 2 * RATE_STATES // lanes.count + 1, lambda f: say("exponents", f))
     rates = _rates(recurrence, lanes, passage.times, passage.states)
     say("local rates", 1.0)
-    segments = sorted(tap.segments, key=lambda s: -len(s.inputs))[:SEGMENTS]
+    segments = sorted(shortened(recurrence, tap.segments, lags[-1]), key=lambda s: -len(s.inputs))[:SEGMENTS]
     others = _other_starts(segments, passage.states)
     apart = forgetting(recurrence, segments, others, lags, lambda f: say("forgetting", f))
     spectrum = exponents(passage) if wanted else np.empty((0, 3))

@@ -45,8 +45,8 @@ class MemoryProfile:
     """An estimate of a model's memory: its loss when each prediction sees only the last k inputs.
 
     `losses[j, p]` is the loss at sampled position `p` with the last `ks[j]` inputs, `full_losses[p]` with all. Beside
-    this truncation curve stand, where they could be measured, `gradient_decay` (‖∂ loss_{t+j} / ∂ x_t‖ against j) and
-    one `LayerMemory` for each recurrent layer: forgetting curve, local rates, Lyapunov exponents, certificate.
+    this truncation curve stand, where they could be measured, `gradient_decay` (‖∂ loss_{t+j} / ∂ x_t‖ against j; of a
+    random mixture of the outputs where `scale` is given) and one `LayerMemory` for each recurrent layer: forgetting curve, local rates, Lyapunov exponents, certificate.
     """
 
     ks: tuple[int, ...]
@@ -127,7 +127,7 @@ class MemoryProfile:
         """Write a page of its own that needs no network."""
         from unrecurrent.memory_charts import page
 
-        page(self, Path(path), title)
+        page({title: self}, Path(path), title)
 
     def to_dict(self, delta: float = 0.01) -> dict[str, Any]:
         """Return all measurements with their bands, and k*(δ), ready for JSON."""
@@ -189,10 +189,17 @@ def _verdict(profile: MemoryProfile, delta: float) -> Iterator[str]:
     """Yield the parts of the verdict: what the loss needs, then what the very numbers need."""
     k, longest = profile.k(delta), profile.ks[-1]
     if k is None:
-        yield f"keep the recurrence: even the last {longest:,} inputs are not enough for the loss (estimate)"
+        yield f"keep the recurrence: even the last {longest:,} inputs are not enough (estimate)"
     else:
-        span = _span(profile.k_band(delta))
-        yield f"the last {k:,} inputs {span} are enough for the loss to within {delta:.0%} (estimate)"
+        inputs = f"the last {k:,} input{'s' * (k > 1)} {_span(profile.k_band(delta))}"
+        if profile.scale is None:
+            yield f"{inputs} are enough for the loss to within {delta:.2g} of itself (estimate)"
+        else:
+            largest = float(profile.losses[profile.ks.index(k)].max()) ** 0.5
+            yield (
+                f"{inputs} give the outputs to within {delta:.2g} of their variance, single ones to within"
+                f" {largest:.2g} (estimate)"
+            )
     proved = [certificate.horizon(FORGOTTEN[0]) for certificate in profile.certificates]
     decay = profile.forgetting
     if proved and None not in proved and len(proved) == len(profile.layers) == 1:
@@ -288,7 +295,7 @@ def measure_memory(
         measured = {k: sample.at(k, say) for k in (ks or _powers_of_two(_longest(data, longest)))}
         if ks is None:
             _bisect(measured, full, lambda k: sample.at(k, say), delta, scale)
-        gradient = sample.gradient(min(longest, GRADIENT_LAGS), say) if layers else None
+        gradient = sample.gradient(min(longest, GRADIENT_LAGS), scale is None, say) if layers else None
         if layers and gradient is None:
             notes.append("not measured: the decay of gradients, because the loss has no derivative by the inputs")
         lags = spread_lags(_longest(data, longest))
@@ -336,6 +343,12 @@ def _progress(shown: bool) -> Iterator[Say]:
             bars.update(bar, description=f"{what:<28}", completed=fraction)
 
         yield say
+
+
+def _mixture(outputs: Tensor) -> Tensor:
+    """A random direction of unit length in the outputs (B, T, O), the same at each call: (B, T)."""
+    direction = torch.randn(outputs.shape[-1], generator=torch.Generator().manual_seed(0)).to(outputs)
+    return outputs @ (direction / direction.norm())
 
 
 def _longest(data: Sequence[Pair], limit: int) -> int:
@@ -474,10 +487,10 @@ class _Sample:
             raise InputError("the loss is NaN or infinite on these data: check the model's weights and the targets")
         return loss.double().cpu().numpy()
 
-    def gradient(self, lags: int, say: Say) -> Decay | None:
+    def gradient(self, lags: int, of_loss: bool, say: Say) -> Decay | None:
         """Return ‖∂ loss_{t+j} / ∂ x_t‖ for j = 0 … `lags` − 1, on predictions with as much past again before that.
 
-        Symbols have no derivative: there x is the output of the model's first embedding. None: no derivative.
+        Without `of_loss` it is a random mixture of the outputs that is differentiated. Symbols have no derivative: there x is the output of the model's first embedding. None: no derivative.
         """
         say("gradients", 0.0)
         longest_first = np.argsort(-np.minimum(self.time + 1, lags), kind="stable")

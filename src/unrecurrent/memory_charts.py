@@ -1,5 +1,6 @@
 """A memory profile as a figure and as HTML: four charts, the numbers in words, and what is proved beside them."""
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,10 +163,11 @@ def _sentence(words: str) -> str:
     return words[:1].upper() + words[1:] + "."
 
 
-def page(profile: "MemoryProfile", path: Path, title: str) -> None:
-    """Write `section` as a page of its own with plotly.js inside."""
+def page(profiles: Mapping[str, "MemoryProfile"], path: Path, title: str) -> None:
+    """Write the sections of some profiles as a page of its own with plotly.js inside."""
     from plotly.offline import get_plotlyjs
 
+    sections = "".join(section(profile, name) for name, profile in profiles.items())
     write_text(
         path,
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -173,5 +175,5 @@ def page(profile: "MemoryProfile", path: Path, title: str) -> None:
         f"<title>{escape(title)}</title><script>{get_plotlyjs()}</script>"
         "<style>body{font-family:system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
         "pre{overflow-x:auto}</style></head>"
-        f"<body>{section(profile, title)}</body></html>\n",
+        f"<body><h1>{escape(title)}</h1>{sections}</body></html>\n",
     )

@@ -118,6 +118,25 @@ class Graph:
         )
         return _run(model, feeds, names, self.path)
 
+    def certificates(
+        self,
+        data: Mapping[str, np.ndarray] | np.ndarray | None = None,
+        *,
+        input_bound: float | None = None,
+        method: str = "best",
+    ) -> dict[str, Certificate]:
+        """What is proved about each recurrent node, by name; without data its weights must be constants.
+
+        `input_bound` is about what the node itself reads; data say which drives the statement covers.
+        """
+        if data is not None and input_bound is not None:
+            raise InputError("give only one of data and input_bound: each says which inputs are allowed")
+        if data is not None:
+            found = self.captured(self.feeds(data))
+        else:
+            found = [Captured(node, self, self.initializers) for node in self.nodes]
+        return {c.node.name: c.certify(seen=data is not None, input_bound=input_bound, method=method) for c in found}
+
     def captured(self, feeds: Mapping[str, np.ndarray]) -> list["Captured"]:
         """Run the graph once and return what each recurrent node read and gave."""
         constants = self.initializers
@@ -236,6 +255,10 @@ class Captured:
 
     def _value(self, position: int) -> np.ndarray | None:
         name = self.node.inputs[position]
+        if name and name not in self.values:
+            raise InputError(
+                f"the node {self.node.name!r} computes its {name!r} as the graph runs: give data to run it"
+            )
         return self.values[name] if name else None
 
     @cached_property
@@ -306,15 +329,18 @@ class Captured:
         """The node as a causal model (B, T, D) → (B, T, H) that starts where the graph did."""
         return NodeModule(self.layer(), self.start)
 
-    def certify(self, *, input_bound: float | None = None, method: str = "best") -> Certificate:
-        """What is proved about the node, for inputs up to a bound, or with drives in the range seen in this run."""
-        inputs = torch.cat(self.sequences)
+    def certify(self, *, seen: bool = True, input_bound: float | None = None, method: str = "best") -> Certificate:
+        """What is proved about the node: for drives in the range `seen` in this run, else up to a bound, else for all.
+
+        The start state is the graph's own, and the zero state.
+        """
+        inputs = torch.cat(self.sequences) if seen else None
         if self.node.reset_after:
-            given: dict[str, Any] = {"inputs": inputs} if input_bound is None else {"input_bound": input_bound}
-            return certify(self.layer(), method=method, **given)
-        allowed: InputSet = PointInput(inputs)
-        if input_bound is not None:
-            allowed = BoxInput.bounded(input_bound, inputs.shape[1])
+            given = {"inputs": inputs, "input_bound": None if seen else input_bound}
+            return certify(self.layer(), method=method, **given)  # type: ignore[arg-type]
+        allowed: InputSet | None = None if inputs is None else PointInput(inputs)
+        if not seen and input_bound is not None:
+            allowed = BoxInput.bounded(input_bound, self.weights[0].shape[1])
         return certify(GRUCell(*self.weights, reset_after=False, inputs=allowed), method=method)
 
     @cached_property

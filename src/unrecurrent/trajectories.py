@@ -263,17 +263,16 @@ def find_taps(model: Any) -> tuple[list[Tap], list[str]]:
 def choose_segments(
     lengths: Mapping[int, int], reader: Reader, steps: int, longest: int, seed: int
 ) -> dict[int, list[Wanted]]:
-    """Which stretches of which sequences to keep: about `steps` steps, none longer than `longest`, at random.
+    """Which stretches of which sequences to keep: about `steps` steps in all, at random.
 
-    A stretch begins where a call of the model begins, because the state is known there.
+    A stretch begins where a call of the model begins, because the state is known there, and is at most `longest` steps
+    long; where the state is not carried from call to call, up to `steps`, so that one sequence alone is enough.
     """
     candidates = []
     for sequence, length in lengths.items():
-        starts = reader.piece_starts(length)
-        size = longest
+        starts, size = reader.piece_starts(length), max(longest, steps)
         if reader.carries(length):
-            apart = -(-longest // PIECE)
-            starts = starts[:: max(1, apart)]
+            starts, size = starts[:: max(1, -(-longest // PIECE))], longest
         candidates += [Wanted(sequence, begin, min(size, length - begin)) for begin in starts]
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen: dict[int, list[Wanted]] = {}

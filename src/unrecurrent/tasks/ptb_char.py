@@ -50,7 +50,11 @@ class PTBChar(CharacterTask):
         path = data_folder(self.data_dir) / f"ptb-char/ptb.char.{split}.txt"
         if not path.is_file():
             raise missing(self.name, path)
-        return [shifted(torch.from_numpy(read_symbols(path)))]
+        return [self.encode(path)]
+
+    def encode(self, path: Path) -> Example:
+        """Return a file of the same form as one stream; raises `InputError` if it holds something else."""
+        return shifted(torch.from_numpy(read_symbols(path)))
 
 
 def read_symbols(path: Path) -> np.ndarray:

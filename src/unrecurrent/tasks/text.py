@@ -49,6 +49,10 @@ class TextTask(CharacterTask):
         """Return the one stream of a split."""
         return self._splits[split]
 
+    def encode(self, path: Path) -> Example:
+        """Return another text in this one's symbols, as one stream; raises `InputError` as the constructor does."""
+        return shifted(torch.from_numpy(self._symbols(read_codes(path))))
+
     def _symbols(self, codes: np.ndarray) -> np.ndarray:
         known = np.array([ord(character) for character in self.characters])
         table = np.full(max(int(codes.max()), int(known.max())) + 1, len(known), np.int64)
