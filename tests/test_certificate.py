@@ -583,6 +583,19 @@ def test_a_layer_is_certified_in_seconds() -> None:
     assert time.perf_counter() - started < 10  # one second on a quiet machine: benchmarks/certify_speed.py
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_certificate_is_about_the_weights_as_they_were(dtype: torch.dtype) -> None:
+    module = scaled_rows(nn.RNN(D, 4), 0.3).to(dtype)
+    certificate = certify(module, input_bound=1.0)
+    e = torch.rand(4, dtype=torch.float64)
+    before, cell = certificate.propagate(e), copy.deepcopy(certificate.cell)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(10)
+    assert torch.equal(certificate.propagate(e), before)
+    assert torch.equal(certificate.cell.step(torch.ones(D).double(), e), cell.step(torch.ones(D).double(), e))
+
+
 def test_the_module_is_left_as_it_was() -> None:
     module = nn.LSTM(D, 4, 2)
     before = copy.deepcopy(module.state_dict())

@@ -380,9 +380,10 @@ class DenseCell(Cell):
                 f"{type(self).__name__} with {self.hidden_size} units needs weights of {rows} rows, "
                 f"but weight_ih has {weight_ih.shape[0]} and weight_hh {weight_hh.shape[0]}"
             )
-        self.weight_ih, self.weight_hh = _float64(weight_ih), _float64(weight_hh)
-        self.bias_ih = torch.zeros(rows, dtype=torch.float64) if bias_ih is None else _float64(bias_ih)
-        self.bias_hh = torch.zeros(rows, dtype=torch.float64) if bias_hh is None else _float64(bias_hh)
+        # Copies: the bounds below are about the weights as they are now, whatever becomes of the module's.
+        self.weight_ih, self.weight_hh = _float64(weight_ih).clone(), _float64(weight_hh).clone()
+        zeros = torch.zeros(rows, dtype=torch.float64)
+        self.bias_ih, self.bias_hh = (zeros if b is None else _float64(b).clone() for b in (bias_ih, bias_hh))
         self.recurrent = self.weight_hh.abs()
         inputs = inputs or AnyInput()
         self.drive = inputs.project(self.weight_ih, self.drive_bias())
