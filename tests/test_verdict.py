@@ -22,7 +22,7 @@ def test_no_when_the_feed_forward_model_is_as_good():
         "chord",
     )
     assert verdict.answer == "no"
-    assert verdict.text.startswith("No. The lstm uses the last 9 chords; a tcn that can see 15 is as good")
+    assert verdict.text.startswith("No. The lstm uses the last 9 chords; a tcn that can see 15 chords is as good")
     assert "scores 3.0 times as fast" in verdict.text
 
 

@@ -9,6 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unrecurrent.tasks.task import Example
 
+#: a stream is scored in this many columns at most, none shorter than this many steps
+MOST_COLUMNS, SHORTEST_COLUMN = 16, 2_048
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -64,6 +67,15 @@ def sequence_batches(
     """Yield every sequence once, in batches of similar length."""
     for group in length_groups([len(e.inputs) for e in examples], size, generator):
         yield padded([examples[i] for i in group])
+
+
+def scoring_columns(steps: int) -> int:
+    """Return the columns a stream of that many steps is scored in: at most 16, each long enough to have a past.
+
+    >>> scoring_columns(500), scoring_columns(10_000), scoring_columns(400_000)
+    (1, 4, 16)
+    """
+    return max(1, min(MOST_COLUMNS, steps // SHORTEST_COLUMN))
 
 
 def stream_batches(example: Example, columns: int, piece: int, *, whole: bool) -> Iterator[Batch]:

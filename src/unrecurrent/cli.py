@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unrecurrent.errors import InputError
+from unrecurrent.files import make_folder
 
 if TYPE_CHECKING:
     from unrecurrent.certificate import Certificate
@@ -80,6 +81,9 @@ def compare(
     from unrecurrent.comparison import compare as run_comparison
     from unrecurrent.records import command_line, write_records
 
+    for path in (report, records):
+        if path is not None:
+            make_folder(path.parent)
     comparison = run_comparison(
         task,
         models.split(",") if models else None,

@@ -1,6 +1,7 @@
 """Compare models on a task at equal budget: table, memory curves, verdict, report."""
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unrecurrent.batches import scoring_columns
 from unrecurrent.certificate import Certificate
 from unrecurrent.checkpoint import load_model
 from unrecurrent.errors import InputError
@@ -25,10 +27,12 @@ from unrecurrent.records import Record, make_record
 from unrecurrent.search import draw_recipes
 from unrecurrent.speed import Speed, measure_speed
 from unrecurrent.tasks import SPLITS, Example, Task, get_task
-from unrecurrent.training import SCORING_COLUMNS, task_interface
+from unrecurrent.training import task_interface
 from unrecurrent.verdict import Candidate, Verdict, decide
 from unrecurrent.worker import Job
 
+#: parameter counts of two models differ by at most this
+TOLERANCE = 0.05
 #: k* is the smallest context whose loss is within this fraction of the full one
 DELTA = 0.01
 #: the certified horizon is about changes of the hidden state of this size
@@ -148,7 +152,7 @@ class Comparison:
 
 
 def compare(
-    task: str | Task,
+    task: str,
     models: Sequence[str] | None = None,
     *,
     seeds: int = 2,
@@ -170,7 +174,7 @@ def compare(
     from them by the rules in `verdict.RULES`.
 
     Args:
-        task: the name of a task (`unrecurrent data list`), `text:FILE`, or a `Task`'s name.
+        task: the name of a task (`unrecurrent data list`), or `text:FILE`.
         models: names, each optionally with settings: `["lstm", "tcn:layers=3", "window:k=4"]`.
         seeds: independent trainings of each model.
         parameters: trainable parameters of every model.
@@ -190,15 +194,14 @@ def compare(
     ...
     unrecurrent.errors.InputError: unknown model 'lstn': did you mean 'lstm'? ...
     """
-    name = task if isinstance(task, str) else task.name
-    if seeds < 1:
-        raise InputError(f"seeds must be at least 1, not {seeds}")
+    for label, value, least in (("seeds", seeds, 1), ("trials", trials, 0), ("positions", positions, 1)):
+        if value < least:
+            raise InputError(f"{label} must be at least {least}, not {value}")
     contenders = [Contender.parse(text) for text in models or ()]
-    found = get_task(name, data_dir=Path(data_dir) if data_dir else None)
+    found = get_task(task, data_dir=Path(data_dir) if data_dir else None)
     contenders = contenders or [Contender.parse(text) for text in default_models(found)]
     if len({c.label for c in contenders}) < len(contenders):
         raise InputError("a model is named twice: name each once, or give it different settings")
-    found.load("train")  # missing data are reported, and first-time parsing is done, before any process starts
     with tempfile.TemporaryDirectory() as temporary:
         session = _Session(
             found,
@@ -212,7 +215,7 @@ def compare(
         entries = session.measured(contenders, recipes, session.trained(contenders, recipes, seeds), positions)
     metric = {"direction": found.metric.direction, "unit": found.metric.unit}
     verdict = decide([_candidate(e, found.metric.scale) for e in entries], metric, found.step_noun)
-    shown = command or _python_call(name, contenders, seeds, parameters, epochs, trials)
+    shown = command or _python_call(task, contenders, seeds, parameters, epochs, trials)
     return Comparison(found, tuple(entries), verdict, shown, _budget(session, recipes, entries, seeds, trials))
 
 
@@ -224,6 +227,7 @@ class _Session:
     ):
         self.task, self.data_dir, self.root = task, data_dir, root
         self.parameters, self.epochs, self.progress = parameters, epochs, progress
+        self.digest = task.digest()
 
     def recorded(self, contenders: Sequence[Contender]) -> list[Recipe]:
         return [self.fitted(c, find_recipe(self.task, c.name, self.epochs)) for c in contenders]
@@ -234,7 +238,8 @@ class _Session:
         if "hidden_size" in contender.overrides:
             raise InputError("hidden_size follows from the budget: give --parameters instead")
         interface = task_interface(self.task)
-        return replace(recipe, settings=match_parameters(contender.name, interface, settings, self.parameters))
+        matched = match_parameters(contender.name, interface, settings, self.parameters, tolerance=TOLERANCE / 2)
+        return replace(recipe, settings=matched)
 
     def tuned(self, contenders: Sequence[Contender], trials: int) -> list[Recipe]:
         """Return, for each contender, the best of the same draws; stable models take over their twin's."""
@@ -251,7 +256,7 @@ class _Session:
         results = iter(self._run(jobs, note="tuning "))
         best: dict[str, Recipe] = {}
         for c in distinct:
-            scored = [(next(results)["valid_loss"], i) for i in range(trials)]
+            scored = [(next(results).get("valid_loss", math.inf), i) for i in range(trials)]
             best[c.label] = drawn[c.label][min(scored)[1]]
         return [self.fitted(c, best[t.label]) for c, t in zip(contenders, tuned, strict=True)]
 
@@ -261,6 +266,9 @@ class _Session:
         """Return the results of every contender, one a seed."""
         pairs = list(zip(contenders, recipes, strict=True))
         results = self._run([(c, r, seed) for c, r in pairs for seed in range(seeds)])
+        for result in results:
+            if "diverged" in result:
+                raise InputError(result["diverged"])
         return [results[i * seeds : (i + 1) * seeds] for i in range(len(pairs))]
 
     def _run(self, runs: Sequence[tuple[Contender, Recipe, int]], note: str = "") -> list[dict[str, Any]]:
@@ -272,7 +280,7 @@ class _Session:
     def _job(self, contender: Contender, recipe: Recipe, seed: int) -> Job:
         training = replace(recipe.training, seed=seed, patience=None)
         settings = recipe.settings
-        fingerprint = json.dumps([self.task.name, contender.name, settings, asdict(training)], sort_keys=True)
+        fingerprint = json.dumps([self.digest, contender.name, settings, asdict(training)], sort_keys=True)
         folder = job_folder(self.root, f"{contender.label}-seed{seed}", fingerprint)
         return Job(self.task.name, self.data_dir, contender.name, settings, training, str(folder))
 
@@ -288,8 +296,8 @@ class _Session:
         trained = [load_model(Path(r[0]["folder"]))[0] for r in results]
         data = memory_data(self.task)
         profiles = [self._profile(model, data, positions) for model in trained]
-        speeds = measure_speed(dict(zip(labels, trained, strict=True)), self.task)
         proofs = [certificate_on_data(m, self.task) if isinstance(m, RecurrentModel) else None for m in trained]
+        speeds = measure_speed(dict(zip(labels, trained, strict=True)), self.task, recipes[0].training)
         return [
             Entry(c, recipe, result, model.receptive_field, speeds[c.label], profile, proof)
             for c, recipe, result, model, profile, proof in zip(
@@ -322,7 +330,7 @@ def memory_data(task: Task) -> list[Example]:
         return examples
     cut = []
     for inputs, targets in examples:
-        size = max(1, len(inputs) // SCORING_COLUMNS)
+        size = max(1, len(inputs) // scoring_columns(len(inputs)))
         columns = zip(inputs.split(size), targets.split(size), strict=True)
         cut += [Example(x, y) for x, y in columns if len(x) == size]
     return cut
@@ -365,12 +373,17 @@ def _record(entry: Entry, task: Task, command: str) -> Record:
         train_tokens_per_s=round(entry.speed.train, 1),
         score_tokens_per_s=round(entry.speed.score, 1),
         generate_steps_per_s=round(entry.speed.generate, 1),
-        peak_memory_mib=round(max(r["peak_memory_mib"] for r in entry.results), 1),
+        peak_memory_mib=_peak(entry.results),
         receptive_field=entry.receptive_field,
         k_star=entry.memory.k(DELTA),
         **_proved(entry.certificate),
         local_rate=max((layer.local_rate for layer in entry.memory.layers), default=None),
     )
+
+
+def _peak(results: Sequence[Mapping[str, Any]]) -> float | None:
+    peaks = [result["peak_memory_mib"] for result in results]
+    return None if None in peaks else round(max(peaks), 1)
 
 
 def _proved(certificate: Certificate | None) -> dict[str, Any]:
@@ -395,14 +408,20 @@ def _budget(
     session: _Session, recipes: Sequence[Recipe], entries: Sequence[Entry], seeds: int, trials: int
 ) -> dict[str, Any]:
     """Return the budget, after checking that every model was indeed given the same."""
+    counts = [entry.results[0]["parameters"] for entry in entries]
+    if max(counts) > (1 + TOLERANCE) * min(counts):
+        raise InputError(
+            f"parameter counts differ by more than {TOLERANCE:.0%} ({min(counts):,} to {max(counts):,}):"
+            " choose a larger budget"
+        )
     tokens = {result["tokens"] for entry in entries for result in entry.results}
     epochs = {recipe.training.epochs for recipe in recipes}
     if len(tokens) != 1 or len(epochs) != 1:
-        raise RuntimeError(f"budgets differ: {tokens} training steps, {epochs} epochs")
+        raise RuntimeError(f"budgets differ: {tokens} tokens read, {epochs} epochs")
     return {
         "parameters": session.parameters,
         "epochs": epochs.pop(),
-        "training steps": tokens.pop(),
+        "tokens read": tokens.pop(),
         "seeds": seeds,
         "tuning trials": trials,
     }

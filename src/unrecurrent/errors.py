@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""The errors a user is meant to read."""
 
 
 class InputError(ValueError):
@@ -11,3 +11,7 @@ class InputError(ValueError):
     ...
     unrecurrent.errors.InputError: the text file is empty: give a file with at least two characters
     """
+
+
+class Diverged(InputError):
+    """A training whose loss became infinite or not a number."""

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from unrecurrent.errors import InputError
-from unrecurrent.files import write_text
+from unrecurrent.files import make_folder, write_text
 from unrecurrent.progress import Update, progress_bars, updater
-from unrecurrent.worker import Job
+from unrecurrent.worker import Job, read_result
 
 JOB = "job.json"
 
@@ -26,73 +26,96 @@ def job_folder(root: Path, label: str, fingerprint: str) -> Path:
     return root / f"{re.sub('[^A-Za-z0-9.=-]+', '_', label)}-{digest}"
 
 
+class _Processes:
+    """The training processes under way; once stopped, none is started any more."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._stopped = threading.Lock(), set[subprocess.Popen[str]](), False
+
+    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[str] | None:
+        """Start a process, or return `None` after `stop`."""
+        with self._lock:
+            if self._stopped:
+                return None
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(
+                command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True, env=environment
+            )
+            self._running.add(process)
+            return process
+
+    def ended(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
 def run_jobs(jobs: Sequence[Job], labels: Sequence[str], *, quiet: bool = False) -> list[dict[str, Any]]:
     """Run jobs in as many processes as there are cores; return their results in order.
 
-    A job whose result is on disk already is not run again; one that was interrupted resumes.
+    A job whose result is on disk already is not run again; one that was interrupted resumes. A training that diverged
+    has a result with the key `diverged` only.
 
     Raises:
-        InputError: a job failed; the message is the job's own.
+        InputError: a job failed; the message is the job's own, and the others are stopped.
     """
     workers = max(1, (os.cpu_count() or 1) // max(job.threads for job in jobs)) if jobs else 1
-    running: set[subprocess.Popen[str]] = set()
+    processes = _Processes()
     with progress_bars(quiet) as progress, ThreadPoolExecutor(workers) as pool:
         bars = [progress.add_task(label, total=1.0, start=False, info="waiting") for label in labels]
-        futures = [pool.submit(_run, job, updater(progress, bar), running) for job, bar in zip(jobs, bars, strict=True)]
+        pairs = zip(jobs, bars, strict=True)
+        futures = [pool.submit(_run, job, updater(progress, bar), processes) for job, bar in pairs]
         try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
             return [future.result() for future in futures]
         except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in list(running):
-                process.terminate()
+            processes.stop()
             raise
 
 
-def _run(job: Job, update: Update, running: set[subprocess.Popen[str]]) -> dict[str, Any]:
+def _run(job: Job, update: Update, processes: _Processes) -> dict[str, Any]:
     if not job.result_path.exists():
-        _run_process(job, update, running)
-    result = json.loads(job.result_path.read_text(encoding="utf-8"))
-    update({"fraction": 1.0, "loss": result["valid_loss"], "tokens_per_s": _rate(result)})
+        _run_process(job, update, processes)
+    result = read_result(job)
+    if "diverged" not in result:
+        rate = result["tokens"] / max(1e-9, 60 * result["minutes"])
+        update({"fraction": 1.0, "loss": result["valid_loss"], "tokens_per_s": rate})
     return result
 
 
-def _rate(result: dict[str, Any]) -> float:
-    return result["tokens"] / max(1e-9, 60 * result["minutes"])
-
-
-def _run_process(job: Job, update: Update, running: set[subprocess.Popen[str]]) -> None:
+def _run_process(job: Job, update: Update, processes: _Processes) -> None:
     folder = Path(job.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / JOB, job.to_json())
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "unrecurrent.worker", str(folder / JOB)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    running.add(process)
+    process = processes.start([sys.executable, "-m", "unrecurrent.worker", str(folder / JOB)], environment)
+    if process is None:
+        raise CancelledError
+    with process:
+        complaints = _follow(process, update)
+    processes.ended(process)
+    if process.returncode == 2 and complaints:
+        raise InputError(complaints.strip().splitlines()[-1])
+    if process.returncode:
+        code = process.returncode
+        raise RuntimeError(f"the training process of {job.model!r} ended with code {code}:\n{complaints}")
+
+
+def _follow(process: subprocess.Popen[str], update: Update) -> str:
+    """Pass the progress on until the process ends; return what it complained about."""
     assert process.stdout is not None
     assert process.stderr is not None
     complaints: list[str] = []
-    stderr = process.stderr
-    reader = threading.Thread(target=lambda: complaints.extend(stderr))
+    reader = threading.Thread(target=complaints.extend, args=(process.stderr,))
     reader.start()
     for line in process.stdout:
         update(json.loads(line))
     reader.join()
-    process.stdout.close()
-    stderr.close()
-    code = process.wait()
-    running.discard(process)
-    if code:
-        raise _failure(job, code, "".join(complaints).strip())
-
-
-def _failure(job: Job, code: int, complaint: str) -> Exception:
-    if code == 2 and complaint:
-        return InputError(complaint.splitlines()[-1])
-    return RuntimeError(f"the training process of {job.model!r} ended with code {code}:\n{complaint}")
+    return "".join(complaints)

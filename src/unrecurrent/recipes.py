@@ -36,7 +36,7 @@ _MUSIC_RECIPES = {
     "lstm": Recipe({"dropout": 0.3}, _FAST),
     "gru": Recipe({"dropout": 0.3}, _FAST),
     "window": Recipe({"dropout": 0.3, "k": 4}, _MUSIC),
-    "tcn": Recipe({"dropout": 0.3, "layers": 2, "kernel_size": 3}, _MUSIC),
+    "tcn": Recipe({"dropout": 0.3, "layers": 2, "kernel_size": 2}, _MUSIC),
     "gated-conv": Recipe({"dropout": 0.3, "layers": 3, "kernel_size": 2}, _MUSIC),
 }
 _STREAM = TrainingConfig(epochs=3, learning_rate=3e-3, batch_size=32, piece=64, schedule="cosine")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,18 @@ def machine() -> str:
 @cache
 def _commit() -> str:
     """Return the commit of the checkout this package runs from, or its version where it is installed."""
-    here = Path(__file__).resolve().parent
-    found = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if found.returncode == 0:
-        return found.stdout.strip()
-    from importlib.metadata import version
+    tracked = _git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))
+    return _git("rev-parse", "--short", "HEAD") if tracked else f"version {version('unrecurrent')}"
 
-    return f"version {version('unrecurrent')}"
+
+def _git(*words: str) -> str:
+    """Return what git says, or nothing where there is no git or no checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        ran = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
 def command_line() -> str:

@@ -1,9 +1,9 @@
-"""How fast models train, score and generate: interleaved rounds on the same batch, medians."""
+"""How fast models train, score and generate: interleaved rounds on the same batches, medians."""
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,28 +11,31 @@ import torch
 from unrecurrent.batches import Batch
 from unrecurrent.models import SequenceModel
 from unrecurrent.tasks.task import Task
-from unrecurrent.training import TrainingConfig, losses, make_optimizer, scored_batches
+from unrecurrent.training import TrainingConfig, losses, make_optimizer, scored_batches, training_batches
 
 ROUNDS = 7
 GENERATED_STEPS = 32
 
 
 class Speed(NamedTuple):
-    """Steps a second: training and scoring on a full batch, generation one step after another at batch 1."""
+    """Steps a second: training and scoring on whole batches, generation one step after another at batch 1."""
 
     train: float
     score: float
     generate: float
 
 
-def measure_speed(models: Mapping[str, SequenceModel], task: Task, rounds: int = ROUNDS) -> dict[str, Speed]:
-    """Return the speed of each model on one batch of the task's validation data.
+def measure_speed(
+    models: Mapping[str, SequenceModel], task: Task, training: TrainingConfig, rounds: int = ROUNDS
+) -> dict[str, Speed]:
+    """Return the speed of each model on batches of median length, as they are trained and scored.
 
-    Every round times all models one after another, so that a slow moment of the machine hits all alike; the
-    median over rounds is reported and one round before is thrown away.
+    Every round times all models one after another, so that a slow moment of the machine hits all alike; the median over
+    rounds is reported and one round before is thrown away. The models given are not changed.
     """
-    (batch,) = islice(scored_batches(task, task.load("valid")), 1)
-    timers = {name: _timers(model, task, batch) for name, model in models.items()}
+    train = _typical(list(training_batches(task, task.load("train"), training)))
+    score = _typical(list(scored_batches(task, task.load("valid"))))
+    timers = {name: _timers(copy.deepcopy(model), task, train, score) for name, model in models.items()}
     seconds: dict[str, list[list[float]]] = {name: [[], [], []] for name in models}
     for turn in range(rounds + 1):
         for name, calls in timers.items():
@@ -40,11 +43,15 @@ def measure_speed(models: Mapping[str, SequenceModel], task: Task, rounds: int =
                 took = _timed(call)
                 if turn > 0:
                     kept.append(took)
-    steps = (batch.steps, batch.steps, GENERATED_STEPS)
+    steps = (train.steps, score.steps, GENERATED_STEPS)
     return {
         name: Speed(*(n / statistics.median(kept) for n, kept in zip(steps, kinds, strict=True)))
         for name, kinds in seconds.items()
     }
+
+
+def _typical(batches: Sequence[Batch]) -> Batch:
+    return sorted(batches, key=lambda batch: batch.inputs.shape[1])[len(batches) // 2]
 
 
 def _timed(call: Callable[[], None]) -> float:
@@ -55,28 +62,28 @@ def _timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _timers(model: SequenceModel, task: Task, batch: Batch) -> tuple[Callable[[], None], ...]:
+def _timers(model: SequenceModel, task: Task, train: Batch, score: Batch) -> tuple[Callable[[], None], ...]:
     """Return what is timed: one training step, one scoring pass, a few steps of generation."""
-    batch = batch.to(model.device)
+    train, score = train.to(model.device), score.to(model.device)
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-12))
 
-    def train() -> None:
+    def train_step() -> None:
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        losses(task, model(batch.inputs), batch).mean().backward()
+        losses(task, model(train.inputs), train).mean().backward()
         optimizer.step()
         model.project()
 
     @torch.no_grad()
-    def score() -> None:
+    def score_pass() -> None:
         model.eval()
-        losses(task, model(batch.inputs), batch)
+        losses(task, model(score.inputs), score)
 
     @torch.no_grad()
     def generate() -> None:
         model.eval()
         cache = model.init_cache(1)
         for t in range(GENERATED_STEPS):
-            _, cache = model.step(batch.inputs[:1, t % batch.inputs.shape[1]], cache)
+            _, cache = model.step(score.inputs[:1, t % score.inputs.shape[1]], cache)
 
-    return train, score, generate
+    return train_step, score_pass, generate

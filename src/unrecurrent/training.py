@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unrecurrent.batches import Batch, sequence_batches, stream_batches
+from unrecurrent.batches import Batch, scoring_columns, sequence_batches, stream_batches
 from unrecurrent.checkpoint import TRAINING, load_tensors, save_model, save_tensors
-from unrecurrent.errors import InputError
-from unrecurrent.files import write_text
+from unrecurrent.errors import Diverged, InputError
+from unrecurrent.files import make_folder, write_text
 from unrecurrent.models import Interface, SequenceModel, Settings, build_model, parameter_count
 from unrecurrent.tasks.task import Example, Split, Task
 
 LOG = "log.jsonl"
-#: columns a stream is folded into when it is scored; each starts from the empty cache
-SCORING_COLUMNS = 16
+#: steps of a stream scored at once
 SCORING_PIECE = 256
 
 
@@ -55,6 +54,8 @@ class TrainingConfig:
         for name in ("epochs", "learning_rate", "batch_size", "piece", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise InputError(f"patience must be at least 1, not {self.patience}")
 
 
 @dataclass
@@ -88,9 +89,22 @@ def scored_batches(task: Task, examples: Sequence[Example], size: int = 32) -> I
     """Yield a split so that every step counts once."""
     if task.stream:
         for example in examples:
-            yield from stream_batches(example, SCORING_COLUMNS, SCORING_PIECE, whole=True)
+            columns = scoring_columns(len(example.inputs))
+            yield from stream_batches(example, columns, SCORING_PIECE, whole=True)
     else:
         yield from sequence_batches(examples, size)
+
+
+def training_batches(
+    task: Task, examples: Sequence[Example], config: TrainingConfig, epoch: int = 0
+) -> Iterator[Batch]:
+    """Yield the batches of an epoch; their order depends on the seed and the epoch alone."""
+    if task.stream:
+        for example in examples:
+            yield from stream_batches(example, config.batch_size, config.piece, whole=False)
+    else:
+        generator = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
+        yield from sequence_batches(examples, config.batch_size, generator)
 
 
 def losses(task: Task, outputs: Tensor, batch: Batch) -> Tensor:
@@ -136,9 +150,10 @@ class TrainingRun:
     ):
         self.task, self.model_name, self.settings, self.config = task, model_name, settings, config
         self.folder = Path(folder) if folder is not None else None
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.checkpoint_steps = checkpoint_steps
         self.progress = Progress()
+        self.digest = task.digest()
         self.cache: tuple[Tensor, ...] | None = None
 
     @property
@@ -146,6 +161,7 @@ class TrainingRun:
         """What to build and how it was trained: the contents of `config.json`."""
         return {
             "task": self.task.name,
+            "data": self.digest,
             "model": self.model_name,
             "interface": task_interface(self.task)._asdict(),
             "settings": self.settings,
@@ -170,19 +186,13 @@ class TrainingRun:
         self.examples: dict[Split, Sequence[Example]] = {s: self.task.load(s) for s in ("train", "valid")}
         self.batches_per_epoch = sum(1 for _ in self._epoch_batches(0))
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             if (self.folder / TRAINING).exists():
                 self._restore()
             self._rewrite_log()
 
     def _epoch_batches(self, epoch: int) -> Iterator[Batch]:
-        examples = self.examples["train"]
-        if self.task.stream:
-            for example in examples:
-                yield from stream_batches(example, self.config.batch_size, self.config.piece, whole=False)
-        else:
-            generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
-            yield from sequence_batches(examples, self.config.batch_size, generator)
+        return training_batches(self.task, self.examples["train"], self.config, epoch)
 
     def _run_epoch(self, report: Report | None) -> None:
         progress = self.progress
@@ -211,7 +221,7 @@ class TrainingRun:
         loss = losses(self.task, outputs, batch).mean()
         value = loss.item()
         if not math.isfinite(value):
-            raise InputError(
+            raise Diverged(
                 f"the training loss of {self.model_name!r} became {value} at step {self.progress.step}:"
                 " lower the learning rate or clip_norm"
             )
@@ -290,8 +300,9 @@ class TrainingRun:
         tensors["generator"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["generator_cuda"] = torch.cuda.get_rng_state(self.device)
-        save_tensors(self.folder / TRAINING, tensors, {**self.about, "progress": asdict(self.progress)})
+        # The model first: a run is finished only when its model is there.
         save_model(self.folder, self.best, {**self.about, "parameters": parameter_count(self.model)})
+        save_tensors(self.folder / TRAINING, tensors, {**self.about, "progress": asdict(self.progress)})
 
     def _restore(self) -> None:
         assert self.folder is not None
@@ -327,6 +338,17 @@ class TrainingRun:
             with SummaryWriter(str(self.folder / "tensorboard")) as writer:
                 for name in ("train_loss", "valid_loss", "learning_rate"):
                     writer.add_scalar(name, record[name], int(record["step"]))
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """Return the device of that name; one that is not there is an `InputError`."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}: write cpu, cuda, or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device on this machine: train on cpu")
+    return device
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

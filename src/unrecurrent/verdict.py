@@ -15,9 +15,10 @@ CONFIDENCE = 0.95
 RULES = (
     "The best recurrent and the best feed-forward model are chosen by their mean validation loss and judged by"
     " their test metric.",
-    f"No: with {CONFIDENCE:.0%} confidence (Welch's t over the seeds) the feed-forward model is worse by less"
-    f" than {MARGIN:.0%} of the recurrent model's metric, or better.",
+    f"No: with {CONFIDENCE:.0%} confidence (one-sided, Welch's t over the seeds) the feed-forward model is worse by"
+    f" less than {MARGIN:.0%} of the recurrent model's metric, or better.",
     f"Yes: with {CONFIDENCE:.0%} confidence the feed-forward model is worse by more than {MARGIN:.0%}.",
+    "The confidence is about training again from other seeds on the same data, not about other test data.",
     "Cannot tell: anything else, and whenever there are fewer than two seeds or one of the two kinds is missing.",
 )
 
@@ -67,7 +68,7 @@ def decide(candidates: Sequence[Candidate], metric: Mapping[str, str], step_noun
     figures = _figures(recurrent, forward, metric["unit"])
     if gap.half_width is None:
         return Verdict("cannot tell", f"Cannot tell with {_seeds(recurrent, forward)}: {figures}.")
-    if gap.relative + gap.half_width <= MARGIN:
+    if gap.relative + gap.half_width < MARGIN:
         return Verdict("no", _no(recurrent, forward, gap, figures, step_noun))
     if gap.relative - gap.half_width > MARGIN:
         return Verdict("yes", _yes(recurrent, forward, gap, figures, step_noun))
@@ -93,7 +94,7 @@ class _Gap:
             return cls(relative, 0.0)
         parts = [v**2 / (len(c.test) - 1) for v, c in zip(variances, (recurrent, forward), strict=True)]
         freedom = sum(variances) ** 2 / sum(parts)
-        return cls(relative, float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error / scale)
+        return cls(relative, float(stdtrit(freedom, CONFIDENCE)) * error / scale)
 
 
 def _best(candidates: Sequence[Candidate], sign: int) -> Candidate | None:
@@ -121,8 +122,10 @@ def _uses(recurrent: Candidate, noun: str) -> str:
     return f"The {recurrent.name} uses the last {recurrent.k_star} {noun}s"
 
 
-def _reach(forward: Candidate) -> str:
-    return f"a {forward.name} that can see {forward.receptive_field}"
+def _reach(forward: Candidate, noun: str) -> str:
+    if forward.receptive_field is None:
+        return f"a {forward.name} that can see all"
+    return f"a {forward.name} that can see {forward.receptive_field} {noun}{'s' if forward.receptive_field > 1 else ''}"
 
 
 def _times(recurrent: Candidate, forward: Candidate) -> str:
@@ -137,11 +140,11 @@ def _times(recurrent: Candidate, forward: Candidate) -> str:
 def _no(recurrent: Candidate, forward: Candidate, gap: _Gap, figures: str, noun: str) -> str:
     quality = "is better" if gap.relative + (gap.half_width or 0) < 0 else "is as good"
     times = _times(recurrent, forward)
-    return f"No. {_uses(recurrent, noun)}; {_reach(forward)} {quality} ({figures}){times}."
+    return f"No. {_uses(recurrent, noun)}; {_reach(forward, noun)} {quality} ({figures}){times}."
 
 
 def _yes(recurrent: Candidate, forward: Candidate, gap: _Gap, figures: str, noun: str) -> str:
-    text = f"Yes. {_uses(recurrent, noun)}; {_reach(forward)} is worse by {gap.relative:.1%} ({figures})."
+    text = f"Yes. {_uses(recurrent, noun)}; {_reach(forward, noun)} is worse by {gap.relative:.1%} ({figures})."
     reach = forward.receptive_field
     if reach is not None and (recurrent.k_star is None or reach < recurrent.k_star):
         text += " It sees less than the recurrent model uses: a wider receptive field may change the answer."
@@ -151,6 +154,7 @@ def _yes(recurrent: Candidate, forward: Candidate, gap: _Gap, figures: str, noun
 def _cannot_tell(recurrent: Candidate, forward: Candidate, gap: _Gap, figures: str) -> str:
     low, high = gap.relative - (gap.half_width or 0), gap.relative + (gap.half_width or 0)
     return (
-        f"Cannot tell with {_seeds(recurrent, forward)}: {figures}; the {forward.name} is between {low:+.1%}"
-        f" and {high:+.1%} worse, and {MARGIN:.0%} is the margin. More seeds narrow the interval."
+        f"Cannot tell with {_seeds(recurrent, forward)}: {figures}; the difference of the"
+        f" {forward.name} lies between {low:+.1%} and {high:+.1%} (positive is worse), and {MARGIN:.0%} is the margin."
+        " More seeds narrow the interval."
     )

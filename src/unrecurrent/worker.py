@@ -4,23 +4,26 @@ The process gives the job its own threads and an honest peak of memory. Progress
 a line; the result is written to `result.json` in the job's folder.
 """
 
+import fcntl
 import json
-import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unrecurrent.errors import InputError
+from unrecurrent.errors import Diverged, InputError
 from unrecurrent.files import write_text
 from unrecurrent.models import parameter_count
 from unrecurrent.tasks import get_task
 from unrecurrent.training import TrainingConfig, TrainingRun, evaluate
 
 RESULT = "result.json"
+RESULT_KEYS = {"model", "seed", "parameters", "valid_loss", "test_loss", "tokens", "minutes", "history"}
 #: seconds between two lines of progress
 REPORT_EVERY = 0.25
 
@@ -52,12 +55,43 @@ class Job:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Train (or resume) the job and return its result."""
+    """Train (or resume) the job and return its result; one that another process finished meanwhile is read."""
+    with _alone(Path(job.folder)):
+        if job.result_path.exists():
+            return read_result(job)
+        try:
+            result = _train(job)
+        except Diverged as error:
+            result = {"diverged": str(error)}
+        write_text(job.result_path, json.dumps(result))
+        return result
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in the folder; the lock goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def read_result(job: Job) -> dict[str, Any]:
+    """Return the result of a finished job."""
+    try:
+        result = json.loads(job.result_path.read_text(encoding="utf-8"))
+        if "diverged" not in result and not set(result) >= RESULT_KEYS:
+            raise ValueError("missing keys")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{job.result_path} is damaged: delete the folder to train again") from error
+    return result
+
+
+def _train(job: Job) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     task = get_task(job.task, data_dir=Path(job.data_dir) if job.data_dir else None)
     run = TrainingRun(task, job.model, job.settings, job.training, Path(job.folder), job.device)
     model = run.run(_Printer())
-    result = {
+    return {
         "model": job.model,
         "seed": job.training.seed,
         "parameters": parameter_count(model),
@@ -70,14 +104,18 @@ def run_job(job: Job) -> dict[str, Any]:
         "peak_memory_mib": peak_memory_mib(),
         "history": run.progress.history,
     }
-    write_text(job.result_path, json.dumps(result))
-    return result
 
 
-def peak_memory_mib() -> float:
-    """Return the largest resident memory this process has had, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+def peak_memory_mib() -> float | None:
+    """Return the largest resident memory this process has had, in MiB (`None` where the system does not say).
+
+    Linux keeps it as VmHWM. `getrusage` would not do: its figure survives the start of a program, and so would be at
+    least that of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM")]
+    return peaks[0] if peaks else None
 
 
 class _Printer:
@@ -98,6 +136,9 @@ def main() -> int:
         run_job(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except InputError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"cannot write to the folder of the runs ({error.strerror}): mend that and run again", file=sys.stderr)
         return 2
     return 0
 

@@ -41,6 +41,11 @@ _WHERE = {
     "gated-conv": ("gated_conv", "GatedConv"),
 }
 
+SIZES = {"hidden_size", "layers", "kernel_size", "k", "embedding_size"}
+SHARES = {"dropout", "input_dropout", "rate"}
+#: widths are found by building models, so that the count must fit in memory a few times over
+MOST_PARAMETERS = 100_000_000
+
 
 def model_names() -> list[str]:
     """Return the names of all models.
@@ -73,6 +78,8 @@ def find_model_class(name: str) -> type[SequenceModel]:
 def build_model(name: str, interface: Interface, settings: Settings) -> SequenceModel:
     """Return a freshly initialised model; a setting the model does not have is an `InputError`."""
     model_class = find_model_class(name)
+    for key, value in settings.items():
+        _check_setting(name, key, value)
     try:
         return model_class(interface, **settings)
     except TypeError as error:
@@ -80,6 +87,17 @@ def build_model(name: str, interface: Interface, settings: Settings) -> Sequence
             raise
         setting = str(error).rsplit("'", 2)[-2]
         raise InputError(f"the model {name!r} has no setting {setting!r}: remove it") from error
+
+
+def _check_setting(name: str, key: str, value: object) -> None:
+    """Refuse a setting that no model can have: sizes are whole numbers, shares lie between 0 and 1."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in SIZES and not (isinstance(value, int) and number and value >= 1):
+        raise InputError(f"{key} of {name!r} must be a whole number of at least 1, not {value!r}")
+    if key in SHARES and not (isinstance(value, int | float) and number and 0 <= value < 1):
+        raise InputError(f"{key} of {name!r} must be a number from 0 up to but not including 1, not {value!r}")
+    if key not in SIZES | SHARES:
+        raise InputError(f"the model {name!r} has no setting {key!r}: settings are {', '.join(sorted(SIZES | SHARES))}")
 
 
 def match_parameters(
@@ -95,6 +113,9 @@ def match_parameters(
     >>> abs(parameter_count(build_model("lstm", piano, {"hidden_size": size})) / 100_000 - 1) < 0.05
     True
     """
+
+    if parameters > MOST_PARAMETERS:
+        raise InputError(f"{parameters:,} parameters are too many to search a width for: at most {MOST_PARAMETERS:,}")
 
     def count(width: int) -> int:
         with torch.random.fork_rng(devices=[]):

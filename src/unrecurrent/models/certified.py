@@ -1,4 +1,4 @@
-"""The models `certified-rnn`, `certified-lstm` and `certified-gru`: their layers keep a proved rate while they train."""
+"""The models `certified-rnn`, `certified-lstm`, `certified-gru`: their layers keep a proved rate while they train."""
 
 from typing import Any
 

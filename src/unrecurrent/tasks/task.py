@@ -1,5 +1,6 @@
 """What a benchmark task is: sequences to predict, how they are scored, and where the data come from."""
 
+import hashlib
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from unrecurrent.errors import InputError
@@ -76,6 +78,16 @@ class Task(ABC):
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss in nats of every step, shape `(B, T)`, from `outputs` `(B, T, outputs)`."""
+
+    def digest(self) -> str:
+        """Return a SHA-256 over all splits: what was trained on other data is not the same training."""
+        sha = hashlib.sha256()
+        for split in SPLITS:
+            for example in self.load(split):
+                for tensor in example:
+                    sha.update(f"{split}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                    sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
 
 
 def shifted(sequence: Tensor) -> Example:
