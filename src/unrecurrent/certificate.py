@@ -54,7 +54,7 @@ EXTRAPOLATION_WINDOW = 8
 # slowly, a state of up to this size is worth solving linear equations for, this many times.
 POLISH_GAP = 1e-3
 POLISH_SIZE = 512
-POLISH_STEPS = 20
+POLISH_STEPS = 8
 TINY = 1e-300
 # Horizon: iterate at most this often, this many steps at a time, then extrapolate with the rate.
 HORIZON_STEPS = 10_000
