@@ -6,6 +6,7 @@ Both take and return the states of `torch.nn`: a tuple of parts, each `(layers, 
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,9 +20,9 @@ State = tuple[Tensor, ...]
 
 # Below this many multiply-adds the call overhead of oneDNN's product exceeds what it saves.
 _ONEDNN_PAYS = 2_000_000
-_CALIBRATION_STEPS = 32
-_FEW_ROWS, _MANY_ROWS, _MOST_ROWS = 16, 128, 512
-_CHEAP_STEP = 1e-4  # seconds; below this a step with _MOST_ROWS is measured too
+_CALIBRATION_STEPS = (8, 32)  # the longer where the shorter takes less than _SHORT_RUN seconds
+_SHORT_RUN = 2e-3
+_FEW_ROWS, _MANY_ROWS = 16, 256
 
 
 class Engine(Protocol):
@@ -208,43 +209,54 @@ class StepCost:
         return self.fixed + self.per_row * rows
 
 
-_costs: dict[tuple[object, ...], StepCost] = {}
-_sequential: dict[tuple[object, ...], float] = {}
+@dataclass
+class _Measured:
+    """The shortest times seen for something, and how often it was measured."""
+
+    seconds: tuple[float, ...] = ()
+    rounds: int = 0
+
+    def update(self, seconds: tuple[float, ...]) -> None:
+        self.seconds = tuple(map(min, self.seconds, seconds)) if self.rounds else seconds
+        self.rounds += 1
+
+
+_ROUNDS = 2  # on the first calls, so that one disturbed measurement does not mislead a process for ever
+_batched: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
+_sequential: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 
 
 def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
-    """Measure (once a process for each kind of module, batch, type, device and number of threads) what a step costs."""
-    key = (type(engine), *_kind(plain, x))
-    if key not in _costs:
-        with torch.no_grad():
-            _costs[key] = _measure_cost(engine, plain, x)
-    return _costs[key]
-
-
-def _measure_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
+    """What a step costs on this machine; measured for each kind of module, batch, type, device and thread count."""
     batch = x.shape[1]
-    few = batch * -(-_FEW_ROWS // batch)
-    many = batch * max(2, -(-_MANY_ROWS // batch))
-    at_few, at_many = _batched_step(engine, x, few), _batched_step(engine, x, many)
-    if at_many < _CHEAP_STEP and many < _MOST_ROWS:
-        many *= _MOST_ROWS // _MANY_ROWS
-        at_many = _batched_step(engine, x, many)
+    few, many = (batch * max(least, -(-rows // batch)) for least, rows in ((1, _FEW_ROWS), (2, _MANY_ROWS)))
+    measured = _batched[(type(engine), *_kind(plain, x))]
+    if measured.rounds < _ROUNDS:
+        with torch.no_grad():
+            measured.update((_batched_step(engine, x, few), _batched_step(engine, x, many)))
+    at_few, at_many = measured.seconds
     per_row = max((at_many - at_few) / (many - few), 0.1 * at_many / many)
     return StepCost(sequential_step(plain, x), max(at_few - per_row * few, 0.05 * at_few), per_row)
 
 
 def sequential_step(plain: ModuleEngine, x: Tensor) -> float:
-    """Seconds a step of the user's own run takes, measured once a process for each kind of module and input.
+    """Seconds a step of the user's own run takes, measured likewise.
 
-    On a sixteenth of the sequence: a shorter piece would not show what a long one costs in memory traffic.
+    On a part of the sequence, up to 2,048 steps: a shorter one would not show what a long one costs in memory traffic.
     """
-    key = _kind(plain, x)
-    if key not in _sequential:
-        steps = max(min(len(x), 64), min(len(x) // 16, 2048))
+    measured = _sequential[_kind(plain, x)]
+    if measured.rounds < _ROUNDS:
+        steps = max(min(len(x), 64), min(len(x) // 64, 2048))
         with torch.no_grad():
             seconds = _shortest(lambda: plain.advance(x[:steps], plain.zero_state(x.shape[1])), x.device)
-        _sequential[key] = seconds / steps
-    return _sequential[key]
+        measured.update((seconds / steps,))
+    return measured.seconds[0]
+
+
+def forget_costs() -> None:
+    """Measure afresh what a step costs, for instance after the machine was busy."""
+    _batched.clear()
+    _sequential.clear()
 
 
 def _kind(plain: ModuleEngine, x: Tensor) -> tuple[object, ...]:
@@ -253,24 +265,27 @@ def _kind(plain: ModuleEngine, x: Tensor) -> tuple[object, ...]:
 
 
 def _batched_step(engine: Engine, x: Tensor, rows: int) -> float:
-    sample = x[:_CALIBRATION_STEPS]
-    block = sample.repeat([1, rows // x.shape[1]] + [1] * (x.dim() - 2))
-    return _shortest(lambda: engine.advance(block, engine.zero_state(rows)), x.device) / len(block)
+    shape = [1, rows // x.shape[1]] + [1] * (x.dim() - 2)
+
+    def seconds(steps: int) -> float:
+        block = x[:steps].repeat(shape)
+        return _shortest(lambda: engine.advance(block, engine.zero_state(rows)), x.device)
+
+    few, many = (min(steps, len(x)) for steps in _CALIBRATION_STEPS)
+    short = seconds(few)
+    return short / few if short > _SHORT_RUN else seconds(many) / many
 
 
 def _shortest(run: Callable[[], object], device: torch.device) -> float:
-    """The shortest of up to three runs; one that takes long is not repeated, its first-call costs being small."""
-    shortest, spent = float("inf"), 0.0
+    """The shortest of three runs: the first one may set things up, and another process may disturb one."""
+    times = []
     for _ in range(3):
         _wait(device)
         begun = time.perf_counter()
         run()
         _wait(device)
-        seconds = time.perf_counter() - begun
-        shortest, spent = min(shortest, seconds), spent + seconds
-        if spent > 0.005:
-            break
-    return shortest
+        times.append(time.perf_counter() - begun)
+    return min(times)
 
 
 def _wait(device: torch.device) -> None:

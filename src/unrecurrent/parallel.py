@@ -94,6 +94,10 @@ class _GiveUp(Exception):
     """The parallel run cannot keep its promise, or not cheaply; the message says why."""
 
 
+class _NotWorthIt(_GiveUp):
+    """The parallel run would save too little; nothing is said about the module."""
+
+
 @dataclass
 class _Ledger:
     """What an attempt has cost so far, by the cost model; leaves the parallel road before it becomes dear."""
@@ -109,7 +113,7 @@ class _Ledger:
             return
         self.spent += steps * self.cost.batched(rows)
         if self.spent > self.limit:
-            raise _GiveUp("the parallel run would cost more than it can save")
+            raise _NotWorthIt("the parallel run would cost more than it can save")
 
 
 @dataclass(frozen=True)
@@ -372,11 +376,11 @@ def _decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options) -
     """Choose warm-up and chunks: what was given, else from the cost model and what the model forgets in a pilot."""
     steps, batch = len(x), x.shape[1]
     if options.chunks != "auto" and (options.chunks == 1 or steps < 2):
-        raise _GiveUp("one chunk is the sequential run")
+        raise _NotWorthIt("one chunk is the sequential run")
     ledger = _Ledger(None, float("inf"))
     if options.chunks == "auto":
         if steps < _SHORTEST:
-            raise _GiveUp(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
+            raise _NotWorthIt(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
         cost = step_cost(engine, plain, x)
         ledger = _Ledger(cost, _ATTEMPT_SHARE * cost.sequential * steps)
     rate = None
@@ -389,7 +393,7 @@ def _decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options) -
         chunks = _cheapest_chunks(steps, batch, warmup, ledger.cost)
     plan = _Plan.cut(steps, chunks, warmup)
     if plan.chunks < 2:
-        raise _GiveUp("one chunk is the sequential run")
+        raise _NotWorthIt("one chunk is the sequential run")
     _check_cost(plan, batch, ledger)
     return plan, ledger, rate
 
@@ -400,7 +404,7 @@ def _check_cost(plan: _Plan, batch: int, ledger: _Ledger) -> None:
         return
     predicted = (plan.warmup + plan.length) * cost.batched(plan.chunks * batch)
     if ledger.spent + predicted > ledger.limit:
-        raise _GiveUp(f"a warm-up of {plan.warmup} steps, or more, would save too little")
+        raise _NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
 
 
 def _cheapest_chunks(steps: int, batch: int, warmup: int, cost: StepCost) -> int:
@@ -699,7 +703,7 @@ def _one_direction(module: nn.RNNBase, layer: int, direction: int) -> nn.RNNBase
     return single
 
 
-def _run_bidirectional(call: _Call, options: _Options) -> _Result:
+def _run_bidirectional(call: _Call, options: _Options, target: Any = None) -> _Result:
     """Every layer and direction by itself; the error of a layer reaches the next through its measured input gain."""
     module, x = call.module, _finite(_tensor(call.x))
     assert isinstance(module, nn.RNNBase)
@@ -724,6 +728,8 @@ def _run_bidirectional(call: _Call, options: _Options) -> _Result:
     evidence = replace(_merged(evidences), steps=len(x), tol=options.tol, error_estimate=error)
     if options.certificate is not None:
         evidence = replace(evidence, note="certificates are for one direction: measured instead")
+    if target is not None:
+        _write(target, 0, x)
     return _Result(x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True)), evidence, None)
 
 
@@ -767,13 +773,13 @@ def _packed_like(given: Any, state: State) -> Any:
     return state[0] if isinstance(given, Tensor) else state
 
 
-def _run_spans(call: _Call, options: _Options, out: Any = None) -> _Result:
-    """The whole sequence at once, or span after span where it is an array or `out` is given: bounded memory."""
-    steps, target = len(call.x), _time_major(out, call)
-    span = steps if out is None and isinstance(call.x, Tensor) else _span_steps(call)
+def _run_spans(call: _Call, options: _Options, target: Any = None) -> _Result:
+    """The whole sequence at once, or span after span where x is an array or a target is given: bounded memory."""
+    steps = len(call.x)
+    span = steps if target is None and isinstance(call.x, Tensor) else _span_steps(call)
     state, carry, pieces, evidences = call.h0, _Carry(), [], []
     for begin in range(0, steps, span):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and out is None):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and target is None):
             result = _attempt(call.plain, _finite(_tensor(call.x[begin : begin + span])), state, options, carry)
         state = result.state
         carry = _Carry(result.evidence.error_estimate, result.end_error)
@@ -796,7 +802,8 @@ def _span_steps(call: _Call) -> int:
 def _time_major(out: Any, call: _Call) -> Any:
     if out is None:
         return None
-    wanted = (*call.original_x.shape[: 1 if call.unbatched else 2], call.h0[0].shape[-1])
+    width = call.h0[0].shape[-1] * (2 if getattr(call.module, "bidirectional", False) else 1)
+    wanted = (*call.original_x.shape[: 1 if call.unbatched else 2], width)
     if tuple(out.shape) != wanted:
         raise InputError(f"out has shape {tuple(out.shape)}, but the outputs have shape {wanted}")
     return out[:, None] if call.unbatched else out.swapaxes(0, 1) if call.batch_first else out
@@ -813,12 +820,18 @@ def _run_sequentially(call: _Call, options: _Options, out: Any, reason: str, beg
     if out is None:
         y, state = call.module(_tensor(call.original_x), call.original_h0)
         return y, state, evidence
-    target, parts, span = _time_major(out, call), call.h0, _span_steps(call)
-    with torch.no_grad():
-        for begin in range(0, len(call.x), span):
-            piece, parts = call.plain.advance(_finite(_tensor(call.x[begin : begin + span])), parts)
-            _write(target, begin, piece)
-    return out, call.original_state(parts), evidence
+    return out, call.original_state(_run_in_spans(call, call.h0, _time_major(out, call))), evidence
+
+
+@torch.no_grad()
+def _run_in_spans(call: _Call, state: State, target: Any) -> State:
+    """The module step by step, a span at a time, into the target; a bidirectional one has to see all of x at once."""
+    whole = getattr(call.module, "bidirectional", False)
+    span = len(call.x) if whole else _span_steps(call)
+    for begin in range(0, len(call.x), span):
+        y, state = call.plain.advance(_finite(_tensor(call.x[begin : begin + span])), state)
+        _write(target, begin, y)
+    return state
 
 
 def _sequential_evidence(steps: int, options: _Options, reason: str, begun: float) -> Evidence:
@@ -905,14 +918,16 @@ def run_parallel(
     if isinstance(module, nn.RNNCellBase):
         module = _layer_from_cell(module)
     if isinstance(x, PackedSequence):
+        if out is not None:
+            raise InputError("out cannot be given with a PackedSequence: the answer is a PackedSequence too")
         return _run_packed(module, x, h0, options)
     call = _Call.checked(module, x, h0, options)
     begun = time.perf_counter()
     try:
         if getattr(module, "bidirectional", False):
-            result = _run_bidirectional(call, options)
+            result = _run_bidirectional(call, options, _time_major(out, call))
         else:
-            result = _run_spans(call, options, out)
+            result = _run_spans(call, options, _time_major(out, call))
     except _GiveUp as reason:
         return _run_sequentially(call, options, out, str(reason), begun)
     y = call.original_layout(result.y) if out is None else out

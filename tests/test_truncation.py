@@ -1,0 +1,133 @@
+import copy
+import io
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from unrecurrent.certificate import certify
+from unrecurrent.errors import InputError
+from unrecurrent.stable_lstm import StableLSTM
+from unrecurrent.truncation import truncate, windowed_reference
+
+MAKERS = {
+    "rnn": lambda: nn.RNN(3, 5, num_layers=2),
+    "relu": lambda: nn.RNN(3, 5, nonlinearity="relu", bias=False),
+    "gru": lambda: nn.GRU(3, 5, num_layers=2),
+    "lstm": lambda: nn.LSTM(3, 5, num_layers=2),
+    "stable-lstm": lambda: StableLSTM(3, 5, num_layers=2),
+}
+RECURRENT = {"RNN", "LSTM", "GRU", "Loop", "Scan"}
+
+
+@pytest.fixture(params=MAKERS)
+def module(request):
+    torch.manual_seed(0)
+    return MAKERS[request.param]()
+
+
+@pytest.mark.parametrize("k", [1, 7, 63, 100])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_is_the_reference_of_one_window_per_output(module, k, batch):
+    x = torch.randn(63, batch, 3)
+    torch.testing.assert_close(truncate(module, k)(x), windowed_reference(module, x, k), atol=2e-6, rtol=0)
+
+
+def test_gradients_are_those_of_the_reference(module, monkeypatch):
+    module = module.double()
+    x = torch.randn(63, 2, 3, dtype=torch.float64, requires_grad=True)
+    wrt, weights = [x, *module.parameters()], torch.randn(63, 2, 5, dtype=torch.float64)
+    wanted = torch.autograd.grad((windowed_reference(module, x, 7) * weights).sum(), wrt)
+    for numbers in (1 << 21, 100):  # one block, and blocks of a few windows that are recomputed
+        monkeypatch.setattr("unrecurrent.truncation._BLOCK_NUMBERS", numbers)
+        got = torch.autograd.grad((truncate(module, 7)(x) * weights).sum(), wrt)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_depends_on_exactly_the_last_k_inputs(module):
+    x = torch.randn(30, 1, 3, requires_grad=True)
+    y = truncate(module, 6)(x)
+    for t in (0, 3, 5, 6, 20, 29):
+        (slope,) = torch.autograd.grad(y[t].sum(), x, retain_graph=True)
+        read = slope.abs().sum((1, 2)).nonzero().flatten().tolist()
+        assert read == list(range(max(0, t - 5), t + 1))
+
+
+def test_step_view_gives_the_same_numbers(module):
+    feedforward, x = truncate(module, 6), torch.randn(20, 2, 3)
+    cache, outputs = feedforward.init_cache(2), []
+    for x_t in x:
+        y_t, cache = feedforward.step(x_t, cache)
+        outputs.append(y_t)
+    torch.testing.assert_close(torch.stack(outputs), feedforward(x), atol=2e-6, rtol=0)
+    assert feedforward.receptive_field == 6
+
+
+def test_layouts():
+    module = nn.GRU(3, 5, batch_first=True)
+    x = torch.randn(2, 20, 3)
+    y = truncate(module, 4)(x)
+    assert y.shape == (2, 20, 5)
+    torch.testing.assert_close(truncate(module, 4)(x[0]), y[0], atol=2e-6, rtol=0)
+
+
+def test_shares_its_parameters_and_copies_apart():
+    module = nn.LSTM(3, 5)
+    feedforward, x = truncate(module, 4), torch.randn(10, 1, 3)
+    twin, before = copy.deepcopy(feedforward), feedforward(x)
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(2)
+    assert not torch.allclose(feedforward(x), before)
+    assert torch.equal(twin(x), before)
+    assert feedforward.state_dict().keys() == {f"module.{name}" for name in module.state_dict()}
+
+
+@pytest.mark.parametrize("make", [lambda: StableLSTM(3, 8, rate=0.8), lambda: nn.RNN(3, 8)])
+def test_certified_horizon_is_long_enough(make):
+    torch.manual_seed(0)
+    module = make().double()
+    if isinstance(module, nn.RNN):
+        module.weight_hh_l0.data.mul_(0.4)
+    x = torch.rand(400, 3, 3, dtype=torch.float64) * 2 - 1
+    k = certify(module, input_bound=1.0).horizon(1e-2)
+    with torch.no_grad():
+        assert (truncate(module, k)(x) - module(x)[0]).abs().max() <= 1e-2
+        assert (truncate(module, 1)(x) - module(x)[0]).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own, about its registry and deprecations in its dependencies
+def test_exports_without_recurrent_operators(module):
+    feedforward = truncate(module, 5).eval()
+    shape = {"x": {0: torch.export.Dim("T", min=2)}}
+    example, other = torch.randn(11, 2, 3), torch.randn(29, 2, 3)
+    program = torch.export.export(feedforward, (example,), dynamic_shapes=shape)
+    torch.testing.assert_close(program.module()(other), feedforward(other), atol=2e-6, rtol=0)
+
+    file = io.BytesIO()
+    torch.onnx.export(feedforward, (example,), dynamo=True, dynamic_shapes=shape, verbose=False).save(file)
+    graph = onnx.load_from_string(file.getvalue())
+    nodes = [node for part in (graph.graph, *graph.functions) for node in part.node]
+    assert not RECURRENT & {node.op_type for node in nodes}
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), feedforward(other).detach(), atol=2e-6, rtol=0)
+
+
+def test_bad_input_gets_one_sentence():
+    with pytest.raises(InputError, match="at least 1"):
+        truncate(nn.GRU(3, 5), 0)
+    with pytest.raises(InputError, match="bidirectional"):
+        truncate(nn.GRU(3, 5, bidirectional=True), 3)
+    with pytest.raises(InputError, match="proj_size"):
+        truncate(nn.LSTM(3, 5, proj_size=2), 3)
+    with pytest.raises(InputError, match="not an"):
+        truncate(nn.Linear(3, 5), 3)
+    with pytest.raises(InputError, match="eval"):
+        truncate(nn.GRU(3, 5, num_layers=2, dropout=0.1), 3)
+    with pytest.raises(InputError, match="not empty"):
+        truncate(nn.GRU(3, 5), 3)(torch.randn(0, 1, 3))
+    with pytest.raises(InputError, match="give"):
+        truncate(nn.GRU(3, 5), 3)(torch.randn(5, 1, 4))
