@@ -491,8 +491,8 @@ class _Sample:
     def gradient(self, lags: int, of_loss: bool, say: Say) -> Decay | None:
         """Return ‖∂ loss_{t+j} / ∂ x_t‖ for j = 0 … `lags` − 1, on predictions with as much past again before that.
 
-        Without `of_loss` it is a random mixture of the outputs that is differentiated. Symbols have no derivative: there
-        x is the output of the model's first embedding. None: no derivative.
+        Without `of_loss` a random mixture of the outputs is differentiated instead. Symbols have no derivative: there x
+        is the output of the model's first embedding. None: no derivative.
         """
         say("gradients", 0.0)
         longest_first = np.argsort(-np.minimum(self.time + 1, lags), kind="stable")
