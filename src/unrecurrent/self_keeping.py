@@ -33,8 +33,10 @@ def target(rate: float) -> float:
 
 
 def _after_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(_LAYERS):
-        layer.after_step()
+        if any(id(parameter) in moved for parameter in layer.parameters(recurse=False)):
+            layer.after_step()
 
 
 register_optimizer_step_post_hook(_after_any_step)
@@ -50,6 +52,7 @@ class SelfKeeping(nn.Module):
     """
 
     _held: tuple[int, ...] | None
+    optimizer_steps: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,14 +69,15 @@ class SelfKeeping(nn.Module):
         return tuple(parameter._version for parameter in self.parameters(recurse=False))
 
     def after_step(self) -> None:
-        """Project if the optimizer moved the weights, and now and then let the norm follow them."""
-        if self._versions() != self._held:
-            steps: Tensor = self.optimizer_steps
-            steps += 1
-            if int(steps) % ADAPT_EVERY == 0:
-                self._adapt()
-            self._hold()
-            self._held = self._versions()
+        """Project after a step of the optimizer, and now and then let the norm follow the weights.
+
+        It does not ask whether the versions of the weights changed: fused optimizers write to them unseen.
+        """
+        self.optimizer_steps += 1
+        if int(self.optimizer_steps) % ADAPT_EVERY == 0:
+            self._adapt()
+        self._hold()
+        self._held = self._versions()
 
     def keep(self) -> None:
         """Project if a weight was written to since the last time."""
