@@ -505,15 +505,14 @@ class _Sample:
             x, outputs = self._differentiable(pad_sequence(windows, batch_first=True).to(self.device))
             if x is None or not outputs.requires_grad:
                 return None
-            loss = self.loss_fn(
-                outputs[torch.arange(len(chosen), device=self.device), lasts][:, None], targets[:, None]
-            )
+            outputs = outputs[torch.arange(len(chosen), device=self.device), lasts][:, None]
+            loss = self.loss_fn(outputs, targets[:, None]) if of_loss else _mixture(outputs)
             if not loss.requires_grad:
                 return None
             (slope,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
         if slope is None:
             return None
-        sizes = slope.detach().flatten(2).norm(dim=-1).double().cpu().numpy()
+        sizes = slope.detach().reshape(*slope.shape[:2], -1).norm(dim=-1).double().cpu().numpy()
         values = np.full((lags, len(chosen)), np.nan)
         for sample, last in enumerate(lasts.tolist()):
             back = sizes[sample, max(0, last + 1 - lags) : last + 1][::-1]
