@@ -203,3 +203,40 @@ def test_training_leaves_the_callers_generator_alone(tiny_music):
     torch.manual_seed(5)
     finished_run(tiny_music, None)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_log_and_tensorboard_hold_every_epoch(tmp_path, tiny_music):
+    pytest.importorskip("tensorboard", reason="install tensorboard to run this test")
+    finished_run(tiny_music, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [1, 2, 3]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"valid_loss" in events.read_bytes()
+
+
+def test_killed_between_its_two_files_a_run_heals(tmp_path, tiny_music):
+    finished_run(tiny_music, tmp_path)
+    expected = load_tensors(tmp_path / "model.safetensors")[0]
+    partial = tmp_path / "partial"
+
+    def broken(*_args):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unrecurrent.training.save_tensors", broken)
+        with pytest.raises(KeyboardInterrupt):
+            finished_run(tiny_music, partial)
+    finished_run(tiny_music, partial)
+    healed = load_tensors(partial / "model.safetensors")[0]
+    assert all(torch.equal(healed[name], expected[name]) for name in expected)
+
+
+def test_training_on_other_data_is_another_run(tmp_path, tiny_music):
+    finished_run(tiny_music, tmp_path)
+
+    class Changed(type(tiny_music)):
+        def load(self, split):
+            return super().load(split)[1:]
+
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        finished_run(Changed(), tmp_path)

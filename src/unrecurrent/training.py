@@ -173,11 +173,20 @@ class TrainingRun:
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             self._prepare()
+            if not self.progress.finished:
+                self._train(report)
+            self.model.load_state_dict(self.best)
+            return self.model.eval()
+
+    def _train(self, report: Report | None) -> None:
+        self.board = open_board(self.folder, self.progress.step)
+        try:
             while not self.progress.finished:
                 self._run_epoch(report)
                 self._end_epoch(report)
-            self.model.load_state_dict(self.best)
-            return self.model.eval()
+        finally:
+            if self.board is not None:
+                self.board.close()
 
     def _prepare(self) -> None:
         self.model = build_model(self.model_name, task_interface(self.task), self.settings).to(self.device)
@@ -332,12 +341,18 @@ class TrainingRun:
             return
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        if self.board is not None:
+            for name in ("train_loss", "valid_loss", "learning_rate"):
+                self.board.add_scalar(name, record[name], int(record["step"]))
 
-            with SummaryWriter(str(self.folder / "tensorboard")) as writer:
-                for name in ("train_loss", "valid_loss", "learning_rate"):
-                    writer.add_scalar(name, record[name], int(record["step"]))
+
+def open_board(folder: Path | None, step: int) -> Any:
+    """Return a TensorBoard writer for a run that stands at `step`, or `None` where there is no folder or no package."""
+    if folder is None or importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def find_device(name: str | torch.device) -> torch.device:
