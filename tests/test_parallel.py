@@ -277,6 +277,38 @@ def test_slow_stretch_is_swept():
     assert_same((y, state), Leak()(x), 1e-4)
 
 
+def test_latch_set_by_a_rare_event_falls_back():
+    """Two stable states; only what came before a boundary tells which one is the true one."""
+    module = nn.RNN(1, 1, bias=False)
+    with torch.no_grad():
+        module.weight_hh_l0.fill_(3.0)
+        module.weight_ih_l0.fill_(1.0)
+        x = torch.zeros(4000, 1, 1)
+        x[300], x[301:] = 9.0, -0.02
+        for options in (
+            {"chunks": 10, "warmup": 100},
+            {"chunks": 10},
+            {"chunks": 40, "warmup": 90, "verify": "outputs"},
+        ):
+            assert_fell_back(module, x, None, **options)
+
+
+def test_inputs_with_unusual_strides():
+    module = nn.GRU(3, 5)
+    strided, shared = torch.randn(600, 3, 2)[::2].transpose(1, 2), torch.randn(300, 1, 3).expand(300, 2, 3)
+    for x in (strided, shared, torch.randn(1, 1, 3).expand(300, 1, 3)):
+        assert_same(run_parallel(module, x, chunks=4, warmup=45)[:2], module(x), 1e-4)
+
+
+def test_bidirectional_writes_to_out():
+    module, x = nn.LSTM(3, 5, bidirectional=True), torch.randn(300, 2, 3)
+    for options in ({"chunks": 4, "warmup": 45}, {"chunks": 1}):
+        out = torch.empty(300, 2, 10)
+        _, state, _ = run_parallel(module, x, out=out, **options)
+        with torch.no_grad():
+            assert_same((out, state), module(x), 1e-4)
+
+
 def test_rounding_near_the_stability_limit_falls_back():
     module = nn.RNN(1, 1, bias=False, nonlinearity="relu")
     with torch.no_grad():
@@ -496,6 +528,10 @@ def test_bad_input_gets_one_sentence():
         run_parallel(module, x, (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))
     with one_sentence("16 eps"):
         run_parallel(module, x, tol=1e-6)
+    with one_sentence("convert"):
+        run_parallel(module, x.numpy().astype(np.float64))
+    with one_sentence("PackedSequence"):
+        run_parallel(module, pack_sequence([x[:, 0]]), out=torch.empty(100, 1, 5))
     with one_sentence("chunks"):
         run_parallel(module, x, chunks=0)
     with one_sentence("verify"):

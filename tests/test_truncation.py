@@ -98,16 +98,20 @@ def test_certified_horizon_is_long_enough(make):
         assert (truncate(module, 1)(x) - module(x)[0]).abs().max() > 1e-2
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporter's own, about its registry and deprecations in its dependencies
-def test_exports_without_recurrent_operators(module):
-    feedforward = truncate(module, 5).eval()
-    shape = {"x": {0: torch.export.Dim("T", min=2)}}
-    example, other = torch.randn(11, 2, 3), torch.randn(29, 2, 3)
-    program = torch.export.export(feedforward, (example,), dynamic_shapes=shape)
+TIME = {"x": {0: torch.export.Dim("T", min=2)}}
+
+
+def test_exports_with_a_dynamic_time_axis(module):
+    feedforward, other = truncate(module, 3).eval(), torch.randn(29, 2, 3)
+    program = torch.export.export(feedforward, (torch.randn(11, 2, 3),), dynamic_shapes=TIME)
     torch.testing.assert_close(program.module()(other), feedforward(other), atol=2e-6, rtol=0)
 
-    file = io.BytesIO()
-    torch.onnx.export(feedforward, (example,), dynamo=True, dynamic_shapes=shape, verbose=False).save(file)
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own, about its registry and deprecations in its dependencies
+@pytest.mark.parametrize("make", [lambda: nn.GRU(3, 5), lambda: nn.LSTM(3, 5, num_layers=2)])
+def test_onnx_graph_has_no_recurrent_operator(make):
+    feedforward, other, file = truncate(make(), 3).eval(), torch.randn(29, 2, 3), io.BytesIO()
+    torch.onnx.export(feedforward, (other[:11],), dynamo=True, dynamic_shapes=TIME, verbose=False).save(file)
     graph = onnx.load_from_string(file.getvalue())
     nodes = [node for part in (graph.graph, *graph.functions) for node in part.node]
     assert not RECURRENT & {node.op_type for node in nodes}

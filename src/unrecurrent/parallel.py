@@ -627,6 +627,9 @@ class _Call(NamedTuple):
         template = plain.zero_state(straight.shape[1])
         state = template if h0 is None else parts_of(h0)
         _check_state(state, template)
+        dtype = _tensor(straight[:1]).dtype
+        if dtype.is_floating_point and dtype != template[0].dtype:
+            raise InputError(f"x is {dtype} but the module computes in {template[0].dtype}: convert one of them")
         floor = 16 * torch.finfo(template[0].dtype).eps
         if not options.tol >= floor:
             raise InputError(f"tol={options.tol:g} is below 16 eps ({floor:.1e}): use a larger tol or float64")
