@@ -411,6 +411,22 @@ def test_layers_that_cannot_be_measured_are_named():
     assert "proj_size" in profile.notes[0]
 
 
+def test_layers_with_a_batch_of_their_own_are_named():
+    class Folding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRUCell(2, 3)
+            self.unused = nn.GRU(2, 3)
+
+        def forward(self, x):
+            return self.cell(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    profile = measure_memory(Folding(), [(torch.randn(40, 2), torch.randn(40, 3))], squared, positions=20)
+    assert profile.layers == ()
+    assert "'cell' reads a batch of 40" in profile.notes[0]
+    assert "'unused' is never called" in profile.notes[1]
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

@@ -301,7 +301,7 @@ def measure_memory(
             notes.append("not measured: the decay of gradients, because the loss has no derivative by the inputs")
         lags = spread_lags(_longest(data, longest))
         seen = [measure_layer(tap, lags, exponents, steps, say) for tap in taps if tap.segments]
-        notes += [f"not measured: layer {tap.name!r} was never called as one layer" for tap in taps if not tap.segments]
+        notes += [f"not measured: the layer {tap.name!r} {tap.missed}" for tap in taps if not tap.segments]
     order = tuple(sorted(measured))
     contexts = [c for c in map(sample.reader.context, sample.lengths.values()) if c is not None]
     curve = np.stack([measured[k] for k in order])

@@ -123,6 +123,7 @@ class Tap:
         self.segments: list[Segment] = []
         self._parts: dict[Wanted, tuple[Tensor, list[Tensor]]] = {}
         self._calls: list[tuple[Any, Any]] = []
+        self.missed = "is never called by the model"
 
     @property
     def kind(self) -> str:
@@ -158,6 +159,9 @@ class Tap:
         if not needed:
             return
         x, starts = self._joined(calls)
+        if x.shape[1] != len(group):
+            self.missed = f"reads a batch of {x.shape[1]} where the model reads {len(group)}, so rows have no sequence"
+            return
         for w in needed:
             row = group.index(w.sequence)
             if w.begin == piece.first:
