@@ -44,6 +44,10 @@ FIRST_FIT = 30
 # The singular values of an RNN are looked at after one optimizer step in so many.
 SPECTRAL_EVERY = 3
 DRIVE_ROUNDS = 8
+# What the rows of the gate that keeps the state are taken to sum up to where they have to be cut down anyway, and the
+# rounding of its arguments.
+LIKELY_ROWS = 1.0
+DRIVE_TOLERANCE = 1e-5
 
 
 class _Layer:
@@ -95,7 +99,7 @@ def _total(biases: tuple[Tensor, Tensor] | None) -> Tensor | float:
 
 
 class _BoxDrive(_Drive):
-    """Inputs with ‖x‖_∞ ≤ bound: the supremum bound · Σ|U| + b is lowered by Euclidean projection of (U, b_ih, b_hh)."""
+    """Inputs with ‖x‖_∞ ≤ bound: the supremum bound · Σ|U| + b, lowered by Euclidean projection of U and both b."""
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
@@ -208,7 +212,8 @@ class _MillerHardtLSTM(_Policy):
         drive = layer.weight_ih.new_full((size,), PAPER_FORGET_DRIVE / max(self.bound, 1e-6))
         project_rows_(layer.gate(layer.weight_ih, 1), drive)
         if layer.biases is not None:
-            _limit_bias_(*(layer.gate(bias, 1) for bias in layer.biases), limit=PAPER_FORGET_BIAS)
+            bias_ih, bias_hh = layer.biases
+            _limit_bias_(layer.gate(bias_ih, 1), layer.gate(bias_hh, 1), PAPER_FORGET_BIAS)
 
     def project(self) -> None:
         self.bound = self.input_bound()
@@ -234,13 +239,15 @@ class _Rows(_Policy):
 
     def __init__(self, layer: _Layer, rate: float, drive: _Drive, norm: Tensor | None = None) -> None:
         self.layer, self.rate, self.drive = layer, target(rate), drive
-        self.highest_drive = math.log(highest_ceiling(self.rate) / (1 - highest_ceiling(self.rate)))
-        self.norm = first_norm(self._budget(), layer.weight_hh) if norm is None else norm
+        self.cap = highest_ceiling(self.rate)
+        at_cap = self._budget_at(layer.weight_hh.detach()[:, 0].new_full(layer.weight_hh.shape[1:], self.cap))
+        self.norm = first_norm(at_cap, layer.weight_hh) if norm is None else norm
 
     hidden_bound = 1.0
 
     @abstractmethod
-    def _budget(self) -> RowBudget: ...
+    def _budget_at(self, ceiling: Tensor) -> RowBudget:
+        """The budgets when the gate that keeps the state is at most `ceiling` `(H,)`."""
 
     def _gate_parameters(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         layer, gate = self.layer, self.KEEPING_GATE
@@ -249,24 +256,37 @@ class _Rows(_Policy):
             biases = (layer.gate(biases[0], gate), layer.gate(biases[1], gate))
         return layer.gate(layer.weight_ih, gate), biases
 
-    def _highest_argument(self) -> Tensor:
+    def _drive_and_rows(self) -> tuple[Tensor, Tensor]:
+        """Of the keeping gate the supremum of the drive, and the part that the state can add to it."""
         weight, biases = self._gate_parameters()
-        recurrent = _row_sums(blocks_of(self.layer.weight_hh)[self.KEEPING_GATE]) * self.hidden_bound
-        return self.drive.highest(weight) + _total(biases) + recurrent
+        rows = _row_sums(blocks_of(self.layer.weight_hh)[self.KEEPING_GATE]) * self.hidden_bound
+        return self.drive.highest(weight) + _total(biases), rows
 
-    def _ceiling(self) -> Tensor:
-        return self._highest_argument().clamp_max(self.highest_drive).sigmoid()
+    def _budget(self) -> RowBudget:
+        """The budgets at what the gate can reach now; in units that do not keep them, with its rows cut down before.
+
+        Without that, the rows of the gate itself, large as they come, would leave such a unit the least of budgets.
+        """
+        drive, rows = self._drive_and_rows()
+        budget = self._budget_at((drive + rows).sigmoid().clamp_max(self.cap))
+        if not bool((rows > LIKELY_ROWS).any()):
+            return budget
+        sums = weighted_row_sums(blocks_of(self.layer.weight_hh), self.norm[-1])
+        keeps = budget.gain(sums[list(budget.gates)]) <= self.norm[0]
+        lower = (drive + rows.clamp_max(LIKELY_ROWS)).sigmoid().clamp_max(self.cap)
+        return self._budget_at(torch.where(keeps, budget.ceiling, lower))
 
     def hold(self, step: int) -> None:
         self._keep()
 
     @torch.no_grad()
     def _keep(self) -> None:
-        hold_rows_(self.layer.weight_hh, self._budget(), self.norm)
-        over = self._highest_argument() - self.highest_drive
-        if bool((over > 0).any()):
-            weight, biases = self._gate_parameters()
-            self.drive.lower_(weight, biases, self.drive.highest(weight) + _total(biases) - over.clamp_min(0))
+        budget = self._budget()
+        hold_rows_(self.layer.weight_hh, budget, self.norm)
+        drive, rows = self._drive_and_rows()
+        room = torch.logit(budget.ceiling) - rows
+        if bool((drive > room + DRIVE_TOLERANCE).any()):
+            self.drive.lower_(*self._gate_parameters(), torch.where(drive > room, room, drive))
 
     @torch.no_grad()
     def project(self) -> None:
@@ -282,16 +302,16 @@ class _Rows(_Policy):
 
 
 class _GRURows(_Rows):
-    def _budget(self) -> CappedGate:
+    def _budget_at(self, ceiling: Tensor) -> CappedGate:
         candidate = _row_sums(blocks_of(self.layer.weight_hh)[2])
         if self.layer.biases is not None:
             candidate = candidate + self.layer.gate(self.layer.biases[1], 2).abs()
-        return GRUGates(self.rate, self._ceiling(), candidate)
+        return GRUGates(self.rate, ceiling, candidate)
 
 
 class _LSTMRows(_Rows):
-    def _budget(self) -> CappedGate:
-        return LSTMGates(self.rate, self._ceiling())
+    def _budget_at(self, ceiling: Tensor) -> CappedGate:
+        return LSTMGates(self.rate, ceiling)
 
 
 class _CoupledRows(_Rows):
@@ -299,34 +319,32 @@ class _CoupledRows(_Rows):
 
     hidden_bound = TANH_1
 
-    def _budget(self) -> CappedGate:
-        return CoupledLSTMGates(self.rate, self._ceiling())
+    def _budget_at(self, ceiling: Tensor) -> CappedGate:
+        return CoupledLSTMGates(self.rate, ceiling)
 
     @torch.no_grad()
     def _keep(self) -> None:
-        self._tie()
+        self._merge()
         super()._keep()
-        self._mirror()
+        for i, f in self._gates():
+            torch.neg(f, out=i)
 
     @torch.no_grad()
     def project(self) -> None:
-        self._tie()
+        self._merge()
         super().project()
 
-    @torch.no_grad()
-    def _tie(self) -> None:
-        """Half the difference of the two gates' rows goes to f, its negative to i: the nearest tied rows."""
+    def _gates(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows of the input and of the forget gate, in all weights and biases."""
         layer = self.layer
-        for tensor in (layer.weight_ih, layer.weight_hh, *(layer.biases or ())):
-            i, f = layer.gate(tensor, 0), layer.gate(tensor, 1)
-            f.copy_((f - i) / 2)
-            i.copy_(-f)
+        tensors = (layer.weight_ih, layer.weight_hh, *(layer.biases or ()))
+        return [(layer.gate(tensor, 0), layer.gate(tensor, 1)) for tensor in tensors]
 
-    def _mirror(self) -> None:
-        """The input gate's rows follow those of the forget gate."""
-        layer = self.layer
-        for tensor in (layer.weight_ih, layer.weight_hh, *(layer.biases or ())):
-            layer.gate(tensor, 0).copy_(-layer.gate(tensor, 1))
+    def _merge(self) -> None:
+        """Half the difference of the two gates' rows goes to f, its negative to i: the nearest tied rows."""
+        for i, f in self._gates():
+            f.sub_(i).div_(2)
+            torch.neg(f, out=i)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,7 +473,7 @@ def stabilize(
         policies += build
 
     def certify_now() -> Certificate:
-        stated = {"inputs": inputs, "embedding": embedding, "input_bound": input_bound}
+        stated: dict[str, Any] = {"inputs": inputs, "embedding": embedding, "input_bound": input_bound}
         if method != METHODS[1]:
             return certify(module, **stated)
         if inputs is None and embedding is None:
@@ -551,6 +569,8 @@ def _certified(module: nn.Module, rate: float, drive: Callable[[], _Drive] | Non
 class _SelfKeepingLayer(SelfKeeping):
     """What `StableRNN` and `StableGRU` share: a policy a layer, its memory in a buffer."""
 
+    bidirectional: bool
+
     def __init__(self, *args: Any, rate: float, **kwargs: Any) -> None:
         check_rate(rate)
         super().__init__(*args, **kwargs)
@@ -631,10 +651,12 @@ class StableGRU(_SelfKeepingLayer, nn.GRU):
     True
     """
 
+    input_bound: float
+
     def __init__(self, *args: Any, rate: float = 0.98, input_bound: float = 1.0, **kwargs: Any) -> None:
         if not (math.isfinite(input_bound) and input_bound >= 0):
             raise InputError(f"input_bound must be a number of at least 0, got {input_bound!r}")
-        # nn.Module takes attributes only once it is set up, and its own __init__ makes the first projection.
+        # Set before nn.Module is, because its set-up ends with the first projection, which needs the bound.
         object.__setattr__(self, "input_bound", float(input_bound))
         super().__init__(*args, rate=rate, **kwargs)
 

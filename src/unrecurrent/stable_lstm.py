@@ -15,7 +15,7 @@ from unrecurrent.errors import InputError
 from unrecurrent.feasible import ScaledGate, fit_norm_, hold_rows_
 from unrecurrent.self_keeping import SelfKeeping, check_rate, target
 
-# The ceilings F̄ of a layer leave a unit's candidate rows between these shares of the budget (λ − F̄) / (1 − F̄).
+# The ceilings F̄ of a layer leave the candidate's rows between these shares of the rate: (λ − F̄) / (1 − F̄) = share · λ.
 CEILING_SHARES = (0.25, 0.75)
 # Of its budget, a new layer uses this share at most.
 INITIAL_USAGE = 0.5
@@ -233,7 +233,7 @@ class StableLSTM(SelfKeeping):
             raise InputError(f"dropout must be a probability between 0 and 1, got {dropout}")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.rate = bias, batch_first, float(dropout), float(rate)
-        like = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         for k in range(num_layers):
             width = input_size if k == 0 else hidden_size
             self.register_parameter(f"weight_ih_l{k}", nn.Parameter(torch.empty(3 * hidden_size, width, **like)))
@@ -241,8 +241,8 @@ class StableLSTM(SelfKeeping):
             for name in ("bias_ih", "bias_hh"):
                 value = nn.Parameter(torch.empty(3 * hidden_size, **like)) if bias else None
                 self.register_parameter(f"{name}_l{k}", value)
-            shares = torch.linspace(*CEILING_SHARES, hidden_size, **like)
-            self.register_buffer(f"forget_ceiling_l{k}", 1 - (1 - rate) / (1 - shares))
+            shares = rate * torch.linspace(*CEILING_SHARES, hidden_size, **like)
+            self.register_buffer(f"forget_ceiling_l{k}", (rate - shares) / (1 - shares))
             self.register_buffer(f"norm_l{k}", torch.ones(2, hidden_size, **like))
         self.reset_parameters()
 
@@ -262,7 +262,7 @@ class StableLSTM(SelfKeeping):
 
     def _rows(self) -> list[tuple[Tensor, ScaledGate, Tensor]]:
         """Of each layer the recurrent weight, its budgets and its norm."""
-        rows = []
+        rows: list[tuple[Tensor, ScaledGate, Tensor]] = []
         for k in range(self.num_layers):
             ceiling, norm = self.get_buffer(f"forget_ceiling_l{k}"), self.get_buffer(f"norm_l{k}")
             rows.append((self.get_parameter(f"weight_hh_l{k}"), ScaledGate(target(self.rate), ceiling), norm))

@@ -1,0 +1,511 @@
+"""`stabilize`, `StableRNN`, `StableGRU`: what they hold, how little they change, which mistakes they do not make."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from unrecurrent import kernels
+from unrecurrent.certificate import certify
+from unrecurrent.errors import InputError
+from unrecurrent.feasible import (
+    CoupledLSTMGates,
+    GRUGates,
+    LSTMGates,
+    ScaledGate,
+    first_norm,
+    fit_norm_,
+    hold_rows_,
+    hold_rows_reference_,
+    needed_norm,
+)
+from unrecurrent.projections import clip_singular_values_, clip_top_, first_basis, project_rows_
+from unrecurrent.stability import Constraint, StableGRU, StableLSTM, StableRNN, stabilize
+
+
+def large(module, factor=4.0):
+    """The module with weights so large that no constraint holds."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter *= factor
+    return module
+
+
+def train(module, optimizer, steps=5):
+    x = torch.rand(6, 4, module.input_size) * 2 - 1
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-(module(x)[0] ** 2).mean()).backward()
+        optimizer.step()
+
+
+def nearest_in_l1_ball(row, radius):
+    """Duchi et al. (2008) with a sort, in float64: the plain reference for `project_rows_`."""
+    row = row.double()
+    if row.abs().sum() <= radius or radius == 0:
+        return row if radius else torch.zeros_like(row)
+    descending = row.abs().sort(descending=True).values
+    thresholds = (descending.cumsum(0) - radius) / torch.arange(1, len(row) + 1)
+    threshold = thresholds[descending > thresholds][-1]
+    return row.sign() * (row.abs() - threshold).clamp_min(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Projections
+
+
+@pytest.fixture(params=["compiled", "pytorch"])
+def backend(request, monkeypatch):
+    """Both ways to hold rows: the C loop and the PyTorch code beside it."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no C compiler")
+    return request.param
+
+
+def test_rows_move_to_the_nearest_point(backend):
+    torch.manual_seed(0)
+    weight = torch.randn(63, 5) * torch.logspace(-2, 1, 63).unsqueeze(1)
+    radii = torch.rand(63) + 0.1
+    radii[7] = 0.0
+    expected = torch.stack([nearest_in_l1_ball(row, radius) for row, radius in zip(weight, radii, strict=True)])
+    project_rows_(weight, radii)
+    torch.testing.assert_close(weight.double(), expected, atol=2e-5, rtol=2e-5)
+    assert (weight.double().abs().sum(1) <= radii.double()).all()
+
+
+def test_rows_inside_their_ball_are_not_touched(backend):
+    weight = torch.full((5, 5), 0.01)
+    project_rows_(weight, torch.ones(5))
+    assert (weight == 0.01).all()
+
+
+def test_autograd_sees_that_rows_were_moved(backend):
+    weight = torch.ones(5, 5, requires_grad=True)
+    loss = (weight * weight).sum()
+    project_rows_(weight, torch.ones(5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def budgets(size, rate=0.98):
+    ceiling = torch.linspace(0.05, 0.95, size)
+    yield 3, ScaledGate(rate, ceiling)
+    yield 4, CoupledLSTMGates(rate, ceiling)
+    yield 4, LSTMGates(rate, ceiling)
+    yield 3, GRUGates(rate, ceiling, 3 * torch.rand(size))
+
+
+@pytest.mark.parametrize("size", [5, 63])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_compiled_loop_agrees_with_its_reference(size, scale):
+    if kernels.library() is None:
+        pytest.skip("no C compiler")
+    torch.manual_seed(0)
+    for gates, budget in budgets(size):
+        weight = torch.randn(gates * size, size) * scale / size**0.5
+        norm = first_norm(budget, weight)
+        fit_norm_(weight, budget, norm, 5)
+        compiled, plain = weight.clone(), weight.clone()
+        hold_rows_(compiled, budget, norm)
+        hold_rows_reference_(plain, budget, norm)
+        distance = (plain - weight).norm()
+        torch.testing.assert_close(compiled, plain, atol=2e-3 * float(distance), rtol=1e-3)
+        assert ((compiled - weight).norm() - distance).abs() <= 1e-2 * distance
+        for held in (compiled, plain):
+            assert (needed_norm(held.double(), budget, norm.double()) <= norm.double()).all()
+            again = held.clone()
+            hold_rows_(again, budget, norm)
+            hold_rows_reference_(again, budget, norm)
+            assert torch.equal(again, held)
+
+
+def test_no_other_budget_can_be_kept_with_half_the_change():
+    """Minimal change, checked against a search: scaled-down moves towards the held weights break the budget."""
+    torch.manual_seed(0)
+    for gates, budget in budgets(16):
+        weight = torch.randn(gates * 16, 16)
+        norm = first_norm(budget, weight)
+        held = weight.clone()
+        hold_rows_(held, budget, norm)
+        nearly = weight + 0.98 * (held - weight)
+        assert (needed_norm(nearly, budget, norm) > norm).any()
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.99])
+def test_singular_values_are_clipped_to_the_nearest_matrix(bound):
+    torch.manual_seed(0)
+    weight = torch.randn(20, 20) / 3
+    u, s, v = torch.linalg.svd(weight.double())
+    clip_singular_values_(weight, bound)
+    torch.testing.assert_close(weight.double(), u @ torch.diag(s.clamp_max(bound)) @ v, atol=1e-5, rtol=1e-5)
+    assert torch.linalg.matrix_norm(weight.double(), 2) <= bound
+
+
+@pytest.mark.parametrize("size", [1, 5, 63])
+def test_warm_started_clipping_follows_the_largest_singular_values(size):
+    torch.manual_seed(0)
+    weight = torch.randn(size, size) / size**0.5 / 2
+    clip_singular_values_(weight, 0.9)
+    basis, exact = first_basis(weight), weight.clone()
+    for _ in range(30):
+        change = 0.02 * torch.randn(size, 1) @ torch.randn(1, size) / size**0.5
+        weight += change
+        exact += change
+        clip_top_(weight, 0.9, basis)
+        clip_singular_values_(exact, 0.9)
+    assert torch.linalg.matrix_norm(weight, 2) <= 0.9 * 1.001
+    torch.testing.assert_close(weight, exact, atol=5e-3, rtol=0)
+
+
+def test_more_large_singular_values_than_are_followed_are_scaled_down():
+    weight = 1.5 * torch.eye(40)
+    clip_top_(weight, 0.9, first_basis(weight, 4))
+    assert torch.linalg.matrix_norm(weight, 2) <= 0.9001
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The conditions of Miller and Hardt
+
+
+def paper_sums(lstm, layer):
+    """Row sums of the four gates' recurrent rows, of U_f, and the largest |b_f|."""
+    weight, size = getattr(lstm, f"weight_hh_l{layer}").detach().double(), lstm.hidden_size
+    gates = weight.abs().sum(1).view(4, size).amax(1)
+    inputs = getattr(lstm, f"weight_ih_l{layer}").detach().double()[size : 2 * size].abs().sum(1).max()
+    bias = sum(getattr(lstm, f"bias_{kind}_l{layer}").detach().double() for kind in ("ih", "hh"))
+    return gates, inputs, bias[size : 2 * size].abs().max()
+
+
+@pytest.mark.parametrize("input_bound", [None, 0.1, 1.0, 5.0])
+def test_paper_conditions_hold_after_every_step(input_bound):
+    lstm = large(nn.LSTM(7, 9, 2))
+    optimizer = torch.optim.Adam(lstm.parameters(), lr=0.1)
+    constraint = stabilize(lstm, method="miller-hardt", input_bound=input_bound, optimizer=optimizer)
+    for _ in range(3):
+        train(lstm, optimizer, 1)
+        for layer, bound in ((0, input_bound or 0.75), (1, 1.0)):
+            gates, inputs, bias = paper_sums(lstm, layer)
+            assert (gates <= torch.tensor([0.36, 0.128, 0.09, 0.36])).all()
+            assert inputs * bound <= 0.1875
+            assert bias <= 0.2500001
+        certificate = constraint.certificate()
+        assert certificate.stable
+        assert certificate.method == "miller-hardt"
+
+
+def test_rows_are_bounded_not_columns():
+    """A matrix with a heavy column but light rows keeps the conditions, one with a heavy row does not."""
+    lstm = nn.LSTM(3, 9)
+    with torch.no_grad():
+        lstm.weight_hh_l0.zero_()
+        lstm.weight_hh_l0[:, 0] = 0.08
+        lstm.weight_hh_l0[30, :] = 0.5
+    before = lstm.weight_hh_l0.detach().clone()
+    stabilize(lstm, method="miller-hardt")
+    changed = (lstm.weight_hh_l0 != before).any(1).nonzero().flatten().tolist()
+    assert changed == [30]
+    assert lstm.weight_hh_l0[30].abs().sum() <= 0.36
+
+
+@pytest.mark.parametrize("method", ["miller-hardt", "certified"])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_nothing_is_rescaled_up_to_the_bound(method, kind):
+    if method == "miller-hardt" and kind is nn.GRU:
+        pytest.skip("the paper says nothing about GRUs")
+    module = large(kind(3, 5), 0.01)
+    before = copy.deepcopy(module.state_dict())
+    stabilize(module, method=method, input_bound=1.0)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_both_forget_biases_together_are_bounded():
+    lstm = nn.LSTM(3, 5)
+    with torch.no_grad():
+        lstm.bias_ih_l0.fill_(0.2)
+        lstm.bias_hh_l0.fill_(0.2)
+    stabilize(lstm, method="miller-hardt")
+    forget = (lstm.bias_ih_l0 + lstm.bias_hh_l0)[5:10]
+    torch.testing.assert_close(forget, torch.full((5,), 0.25))
+    assert (lstm.bias_ih_l0[:5] == 0.2).all()
+
+
+def test_singular_values_end_below_one_not_at_it():
+    rnn = large(nn.RNN(3, 20))
+    constraint = stabilize(rnn, method="miller-hardt")
+    assert torch.linalg.matrix_norm(rnn.weight_hh_l0.detach().double(), 2) <= 0.99
+    assert constraint.certificate().rate <= 0.99
+
+
+def test_bounds_between_layers_count_the_dropout():
+    """In training, dropout scales what the second layer reads by 1 / (1 − p)."""
+    lstm = large(nn.LSTM(3, 9, 2, dropout=0.5))
+    stabilize(lstm, method="miller-hardt")
+    assert paper_sums(lstm, 1)[1] <= 0.1875 / 2
+    gru = large(nn.GRU(3, 9, 2, dropout=0.5))
+    stabilize(gru, input_bound=1.0)
+    cell = certify(gru, input_bound=1.0).cell.cells[1]
+    reach = 2 * cell.input_magnitude[9:18].sum(1) + cell.drive_bias()[9:18] + cell.recurrent[9:18].sum(1)
+    assert reach.sigmoid().max() < 0.98
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A certified rate
+
+KINDS = ["rnn", "gru", "lstm", "coupled"]
+
+
+def make(kind, *sizes, **options):
+    return {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM, "coupled": nn.LSTM}[kind](*sizes, **options)
+
+
+def hold(kind, module, **stated):
+    if kind == "rnn":
+        stated = {key: value for key, value in stated.items() if key in ("rate", "optimizer")}
+    return stabilize(module, coupled=kind == "coupled", **stated)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [0.5, 0.98])
+def test_certified_rate_holds_before_and_after_every_step(kind, rate):
+    torch.manual_seed(0)
+    module = large(make(kind, 3, 9, 2))
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    constraint = hold(kind, module, rate=rate, input_bound=1.0, optimizer=optimizer)
+    assert constraint.certificate().rate <= rate
+    for _ in range(3):
+        train(module, optimizer, 3)
+        slack = 0.01 * rate if kind == "rnn" else 0.0  # its singular values are followed, and clipped by project()
+        assert constraint.certificate().rate <= rate + slack
+    constraint.project()
+    assert constraint.certificate().rate <= rate
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stated", ["inputs", "embedding"])
+def test_rate_holds_over_data_and_tables_once_projected(kind, stated):
+    torch.manual_seed(0)
+    module, table = large(make(kind, 3, 9)), nn.Embedding(50, 3)
+    allowed = {"embedding": table} if stated == "embedding" else {"inputs": torch.randn(10, 4, 3)}
+    constraint = hold(kind, module, rate=0.9, **allowed)
+    assert constraint.certificate().rate <= 0.9
+    if stated == "embedding" and kind != "rnn":
+        with torch.no_grad():
+            table.weight *= 30
+        assert constraint.certificate().rate > 0.9
+        constraint.project()
+        assert constraint.certificate().rate <= 0.9
+
+
+@pytest.mark.parametrize("kind", ["rnn", "gru", "lstm", "coupled"])
+def test_layers_without_bias_and_single_cells(kind):
+    torch.manual_seed(0)
+    constraint = hold(kind, large(make(kind, 3, 9, bias=False)), input_bound=1.0)
+    assert constraint.certificate().rate <= 0.98
+    cell = {"rnn": nn.RNNCell, "gru": nn.GRUCell}.get(kind, nn.LSTMCell)(3, 9)
+    assert hold(kind, large(cell), input_bound=1.0).certificate().rate <= 0.98
+
+
+def test_units_may_remember_long_where_their_coupling_is_weak():
+    """Of the same rows, those of a unit with a high update gate are cut down furthest, and all units keep some."""
+    ceiling = torch.tensor([0.1, 0.5, 0.9, 0.96])
+    budget, weight = GRUGates(0.98, ceiling, torch.ones(4)), torch.ones(12, 4)
+    hold_rows_(weight, budget, first_norm(budget, weight))
+    sums = weight.view(3, 4, 4).sum((0, 2))
+    assert (sums.diff() < 0).all()
+    assert sums[-1] > 0.2
+
+
+def test_coupled_gates_are_tied_exactly_and_stay_so():
+    lstm = nn.LSTM(3, 5, 2)
+    difference = (lstm.weight_ih_l0[5:10] - lstm.weight_ih_l0[:5]).detach() / 2
+    optimizer = torch.optim.Adam(lstm.parameters(), lr=0.1)
+    stabilize(lstm, coupled=True, input_bound=0.1, optimizer=optimizer)
+    torch.testing.assert_close(lstm.weight_ih_l0[5:10], difference)
+    train(lstm, optimizer)
+    for parameter in lstm.parameters():
+        i, f, _, _ = parameter.detach().chunk(4)
+        assert torch.equal(i, -f)
+
+
+def test_tied_gates_allow_more_than_free_ones():
+    torch.manual_seed(0)
+    free, tied = nn.LSTM(3, 32), nn.LSTM(3, 32)
+    with torch.no_grad():
+        free.bias_ih_l0[:64] = torch.tensor([-2.0, 2.0]).repeat_interleave(32)
+    tied.load_state_dict(free.state_dict())
+    stabilize(free, input_bound=1.0)
+    stabilize(tied, input_bound=1.0, coupled=True)
+    assert tied.weight_hh_l0.abs().sum() > 1.2 * free.weight_hh_l0.abs().sum()
+
+
+def test_a_model_that_holds_layers():
+    model = nn.ModuleDict({"one": large(nn.GRU(3, 5)), "two": large(nn.RNN(3, 5)), "kept": StableLSTM(3, 5)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert stabilize(model, input_bound=1.0, optimizer=optimizer).certificate().rate <= 0.98
+
+
+def test_removing_ends_it():
+    rnn = nn.RNN(3, 5)
+    optimizer = torch.optim.SGD(rnn.parameters(), lr=1e3)
+    constraint = stabilize(rnn, optimizer=optimizer)
+    constraint.remove()
+    constraint.remove()
+    train(rnn, optimizer)
+    assert not constraint.certificate().stable
+    constraint.project()
+    assert constraint.certificate().stable
+
+
+def test_training_resumes_bit_for_bit():
+    torch.manual_seed(0)
+
+    def start():
+        module = make("gru", 3, 9)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        return module, optimizer
+
+    def run(module, optimizer, steps):
+        torch.manual_seed(1)
+        train(module, optimizer, steps)
+
+    module, optimizer = start()
+    constraint = stabilize(module, input_bound=1.0, optimizer=optimizer)
+    run(module, optimizer, 20)
+    saved = copy.deepcopy((module.state_dict(), optimizer.state_dict(), constraint.state_dict()))
+    run(module, optimizer, 20)
+    resumed, second = start()
+    resumed.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    stabilize(resumed, input_bound=1.0, optimizer=second).load_state_dict(saved[2])
+    run(resumed, second, 20)
+    assert torch.equal(resumed.weight_hh_l0, module.weight_hh_l0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules stay ordinary
+
+
+def ordinary():
+    gru = nn.GRU(3, 5, batch_first=True)
+    optimizer = torch.optim.Adam(gru.parameters())
+    stabilize(gru, input_bound=1.0, optimizer=optimizer)
+    return [gru, StableRNN(3, 5, batch_first=True), StableGRU(3, 5, 2, batch_first=True)]
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights:UserWarning")  # torch's own, of any GRU
+@pytest.mark.parametrize("number", range(3))
+def test_copy_pickle_state_dict_compile_and_export(number):
+    module = ordinary()[number].eval()
+    x = torch.rand(2, 4, 3)
+    y, h = module(x)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    fresh = copy.deepcopy(module)
+    fresh.load_state_dict(module.state_dict())
+    for same in (twin, fresh, torch.compile(module, backend="eager")):
+        torch.testing.assert_close(same(x), (y, h))
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), (y, h))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", range(3))
+def test_onnx_export(number, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module = ordinary()[number].eval()
+    x = torch.rand(2, 4, 3)
+    torch.onnx.export(module, (x,), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(module(x)[0].detach(), torch.from_numpy(found), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [StableRNN, StableGRU, nn.GRU])
+def test_the_weight_the_optimizer_moves_is_the_weight_that_is_used(kind):
+    module = kind(3, 5)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
+    if kind is nn.GRU:
+        stabilize(module, input_bound=1.0, optimizer=optimizer)
+    train(module, optimizer)
+    plain = (nn.RNN if kind is StableRNN else nn.GRU)(3, 5)
+    plain.load_state_dict(
+        {name: value for name, value in module.state_dict().items() if name.endswith("_l0")}, strict=False
+    )
+    x = torch.rand(6, 4, 3)
+    torch.testing.assert_close(module(x), plain(x))
+    assert list(dict(module.named_parameters())) == list(dict(plain.named_parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that keep themselves stable
+
+
+@pytest.mark.parametrize("kind", [StableRNN, StableGRU])
+@pytest.mark.parametrize("rate", [0.5, 0.98])
+def test_layers_keep_their_rate_whoever_trains_them(kind, rate):
+    torch.manual_seed(0)
+    module = kind(3, 9, 2, rate=rate)
+    stated = {} if kind is StableRNN else {"input_bound": 1.0}
+    assert certify(module, **stated).rate <= rate
+    train(module, torch.optim.Adam(module.parameters(), lr=0.05), 7)
+    if kind is StableGRU:
+        assert certify(module, **stated).rate <= rate
+    module.eval()
+    assert certify(module, **stated).rate <= rate
+    with torch.no_grad():
+        module.weight_hh_l1 *= 10
+    module(torch.rand(6, 4, 3))
+    assert certify(module, **stated).rate <= rate
+    assert f"rate={rate}" in repr(module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+lstm, gru, rnn = nn.LSTM(3, 5), nn.GRU(3, 5), nn.RNN(3, 5)
+WRONG = [
+    (rnn, {"rate": 1.0}, "rate must be a number between 0 and 1"),
+    (rnn, {"rate": 0.0}, "rate must be a number between 0 and 1"),
+    (rnn, {"method": "spectral"}, "unknown method 'spectral'"),
+    (gru, {"method": "miller-hardt"}, "Miller and Hardt are about RNN and LSTM"),
+    (lstm, {}, "give input_bound, inputs or embedding"),
+    (gru, {}, "give input_bound, inputs or embedding"),
+    (lstm, {"input_bound": 1.0, "inputs": torch.zeros(2, 3)}, "give only one of inputs"),
+    (lstm, {"input_bound": -1.0}, "input_bound must be a number of at least 0"),
+    (lstm, {"input_bound": float("nan")}, "input_bound must be a number of at least 0"),
+    (gru, {"coupled": True, "input_bound": 1.0}, "coupled=True ties the gates of an nn.LSTM"),
+    (lstm, {"coupled": True, "method": "miller-hardt"}, "coupled=True ties the gates of an nn.LSTM"),
+    (nn.LSTM(3, 5, bidirectional=True), {"input_bound": 1.0}, "bidirectional"),
+    (nn.LSTM(3, 5, proj_size=2), {"input_bound": 1.0}, "proj_size"),
+    (large(nn.RNN(3, 5), float("nan")), {}, "NaN"),
+    (nn.Linear(3, 5), {}, "no recurrent layer"),
+    (StableLSTM(3, 5), {}, "keeps itself stable"),
+    (nn.Sequential(gru), {"inputs": torch.zeros(2, 3)}, "belong to one recurrent layer"),
+    (nn.LSTM(3, 5, bias=False), {"inputs": 9 * torch.randn(20, 3)}, "without biases"),
+    (nn.LSTM(3, 5, bias=False), {"input_bound": 1.0, "rate": 0.1}, "without biases"),
+    (rnn, {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])}, "trains no parameter of the module"),
+]
+
+
+@pytest.mark.parametrize(("module", "options", "message"), WRONG)
+def test_bad_input_gets_one_clear_sentence(module, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        stabilize(module, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_layers_are_refused():
+    with pytest.raises(InputError, match="forward in time only"):
+        StableRNN(3, 5, bidirectional=True)
+    with pytest.raises(InputError, match="rate must be"):
+        StableGRU(3, 5, rate=2.0)
+    with pytest.raises(InputError, match="input_bound must be"):
+        StableGRU(3, 5, input_bound=float("inf"))
+
+
+def test_constraint_is_what_stabilize_returns():
+    assert isinstance(stabilize(rnn), Constraint)
