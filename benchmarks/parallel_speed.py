@@ -107,14 +107,14 @@ def interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def undisturbed(run: Callable[[], object]) -> float:
-    """Seconds a run takes, from runs during which other processes used less than a twentieth of one core."""
+    """Seconds a run takes, from runs during which other processes used next to nothing."""
     for _ in range(300):
         count, others, begun = 0, other_seconds(), time.perf_counter()
         while (taken := time.perf_counter() - begun) < LEAST:
             run()
             count += 1
         taken = time.perf_counter() - begun
-        if other_seconds() - others < 0.05 * taken + 0.02:
+        if other_seconds() - others < 0.02 * taken + 0.02:
             return taken / count
         time.sleep(0.2)
     raise SystemExit("other processes keep this machine too busy to measure anything: stop them and try again")

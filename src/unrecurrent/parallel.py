@@ -41,7 +41,7 @@ _ATTEMPT_SHARE = 0.45  # of the sequential run: what may be spent before all bou
 _CHECKED_SHARE = 0.8  # what may be spent in all, once they do
 _PILOT_SHARE = 0.1
 _MOST_ROWS = 4096
-_SPAN_BYTES = 1 << 28
+_SPAN_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Evidence:
 
     `max_mismatch`: largest distance, over the boundaries, between a chunk's start state and the end state of the chunk
     before it (max norm over all parts of the state). `gain`: largest change of a kept output or end state per change of
-    the start state, over the chunks run a second time from perturbed states. `error_estimate`: largest mismatch × gain.
-    `bound`: proved bound on the change of every output (real arithmetic), when a certificate held. `sequential_depth`:
-    steps that had to wait for one another, pilot and checks included. `fallback`: why the module ran step by step.
+    the start state, over the chunks run a second time from perturbed states. `error_estimate`: largest gain × error of
+    a start state (its mismatch, and what is left of the error before). `bound`: proved bound on the change of every
+    output (real arithmetic), when a certificate held. `sequential_depth`: steps that had to wait for one another, pilot
+    and checks included. `fallback`: why the module ran step by step.
     """
 
     mode: Literal["parallel", "sequential"]
@@ -241,8 +242,8 @@ class _Attempt:
         self.starts = _replace(self.starts, chunks - 1, begin_state)
         self.ends = _replace(self.ends, chunks, self._split(state))
 
-    def gain_of_some(self, chunks: Tensor, tol: float) -> Tensor:
-        """Largest change of a kept output or end state per change of start state, for each of the given chunks.
+    def gain_of_some(self, chunks: Tensor, tol: float) -> "_Gain":
+        """What a change of start state does to the outputs and end states of the given chunks.
 
         Each chunk runs beside a copy of itself from a perturbed state, until the two states agree to rounding.
         """
@@ -259,9 +260,9 @@ class _Attempt:
             apart = _far(a, b)
             if not (apart > _rounding(state)).any():
                 break
-        return torch.maximum(worst, apart) / size
+        return _Gain(torch.maximum(worst, apart) / size, apart / size)
 
-    def gain_of_all(self, tol: float) -> Tensor:
+    def gain_of_all(self, tol: float) -> "_Gain":
         """The same for chunks 1, 2, … in one batch, each against the outputs it has already given, to its very end."""
         assert self.y is not None
         other = _perturbed(self.starts, tol)
@@ -274,12 +275,19 @@ class _Attempt:
             kept = table[1:, begin - self.plan.warmup : end - self.plan.warmup]
             worst = torch.maximum(worst, _change(y, kept))
         apart = _far(self._split(state), tuple(part[:, 1:] for part in self.ends))
-        return torch.maximum(worst, apart) / size
+        return _Gain(torch.maximum(worst, apart) / size, apart / size)
 
     def _kept_blocks(self) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length
         for begin in range(self.plan.warmup, end, self.block):
             yield begin, min(end, begin + self.block)
+
+
+class _Gain(NamedTuple):
+    """Changes per change of a chunk's start state, one for each chunk."""
+
+    largest: Tensor  # of a kept output or the end state
+    left: Tensor  # of the end state
 
 
 def _far(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -492,7 +500,7 @@ class _Carry(NamedTuple):
 
 
 class _Check:
-    """Mismatch, then gain or certificate, then sweeps until mismatch × gain is within the tolerance."""
+    """Mismatch, then certificate or gain, then sweeps until every error is within the tolerance."""
 
     def __init__(self, attempt: _Attempt, options: _Options, carry: _Carry) -> None:
         self.attempt, self.options, self.carry = attempt, options, carry
@@ -506,40 +514,50 @@ class _Check:
         self.error = float("nan")
 
     def run(self) -> None:
-        self._agree(1.0)
+        self._agree(None)
         self.attempt.ledger.limit *= _CHECKED_SHARE / _ATTEMPT_SHARE
         certificate = self._certificate()
         if certificate is not None:
             self._prove(certificate)
             if self.bound is not None and self.bound <= self.options.tol:
-                self.error = self.mismatch.max().item()
+                self.error = self.bound
                 return
             self.note = "the proved bound exceeds tol: the gain was measured as well"
-        factor = self._measure_gain().clamp(min=1.0)
-        self._agree(factor)
-        self.error = max((self.mismatch * factor).max().item(), self.carry.mismatch * factor.max().item())
+        gain = self._measured_gain()
+        self._agree(gain)
+        self.error = self._errors(gain).max().item()
         if self.error > self.options.tol:
             raise _GiveUp(f"the start state of this span is uncertain by {self.carry.mismatch:.1e}")
         if certificate is not None:
             self._prove(certificate)
 
-    def _agree(self, factor: Tensor | float) -> None:
-        """Sweep the chunks whose mismatch × factor exceeds the tolerance until there are none."""
-        failing = self._failing(factor)
+    def _agree(self, gain: _Gain | None) -> None:
+        """Sweep the chunks whose error exceeds the tolerance until there are none (without a gain: their mismatch)."""
+        failing = self._failing(gain)
         while len(failing):
             self.attempt.sweep(failing)
             self.sweeps += 1
             self.mismatch = self.attempt.mismatch().detach()
-            left = self._failing(factor)
+            left = self._failing(gain)
             if len(left) > max(len(failing) // 2, min(len(failing) - 1, len(self.mismatch) // 8)):
                 raise _GiveUp(f"{len(left)} of {len(self.mismatch) + 1} chunks do not come to agree")
             failing = left
 
-    def _failing(self, factor: Tensor | float) -> Tensor:
-        return torch.nonzero(~(self.mismatch * factor <= self.options.tol)).flatten() + 1
+    def _failing(self, gain: _Gain | None) -> Tensor:
+        error = self.mismatch if gain is None else self._errors(gain)[1:]
+        return torch.nonzero(~(error <= self.options.tol) & (self.mismatch != 0)).flatten() + 1
 
-    def _measure_gain(self) -> Tensor:
-        """One gain for all chunks from a pilot, or the gain of each (chunks 1, 2, …)."""
+    def _errors(self, gain: _Gain) -> Tensor:
+        """For chunks 0, 1, …: gain × error of the start state, which is mismatch + what is left of the one before."""
+        start, errors = self.carry.mismatch, [self.carry.mismatch]
+        for mismatch, left in zip(self.mismatch.tolist(), gain.left.tolist(), strict=True):
+            start = mismatch + left * start
+            errors.append(start)
+        largest = torch.cat([gain.largest.max()[None], gain.largest]).clamp(min=1.0)
+        return torch.tensor(errors).to(largest) * largest
+
+    def _measured_gain(self) -> _Gain:
+        """The gain of chunks 1, 2, …: of each by itself, or the largest of a pilot for all of them."""
         attempt, tol = self.attempt, self.options.tol
         others = attempt.plan.chunks - 1
         with torch.no_grad():
@@ -548,11 +566,13 @@ class _Check:
             else:
                 some = torch.linspace(1, others, min(others, _GAIN_CHUNKS), device=self.mismatch.device)
                 gain = attempt.gain_of_some(some.round().long(), tol)
-        self.gain, self.gain_chunks = gain.max().item(), len(gain)
-        rounding = self.gain * torch.finfo(self.mismatch.dtype).eps
-        if not rounding <= tol:
+        self.gain, self.gain_chunks = gain.largest.max().item(), len(gain.largest)
+        if not self.gain * torch.finfo(self.mismatch.dtype).eps <= tol:
             raise _GiveUp(f"differences grow {self.gain:.1e} times inside a chunk, so that rounding exceeds tol")
-        return gain if self.options.verify == "outputs" else gain.max()
+        if self.options.verify == "outputs":
+            # what is left of chunk c - 1 at the start of chunk c; of chunk 0, which was not run again, the largest
+            return _Gain(gain.largest, torch.cat([gain.left.max()[None], gain.left[:-1]]))
+        return _Gain(*(largest.max().expand(others) for largest in gain))
 
     def _certificate(self) -> Certificate | None:
         """The certificate, where its assumptions hold for these inputs and this start state."""
