@@ -56,6 +56,10 @@ def measure_checkpoint(
         scale = float(torch.cat(targets).var(0, correction=0).mean())
         pairs = [Example(x, y) for x, y in zip(inputs, targets, strict=True)]
         return measure_memory(model, pairs, output_change(None), scale=scale, **settings)
+    if model.interface.vocabulary is None and name.startswith("text:"):
+        raise InputError(
+            f"the model reads {model.interface.features} features a step, not text: give a task or an array"
+        )
     examples, loss = _task_data(name, config["task"], data_dir)
     _check_interface(examples, model, name)
     return measure_memory(model, examples, loss, **settings)

@@ -187,34 +187,35 @@ def _gradient_in_words(decay: Decay) -> str:
 
 
 def _verdict(profile: MemoryProfile, delta: float) -> Iterator[str]:
-    """Yield the parts of the verdict: what the loss needs, then what the very numbers need."""
+    """Yield the parts of the verdict: whether the very numbers need the recurrence, then what the loss needs."""
+    decay, (small, smaller) = profile.forgetting, FORGOTTEN
+    if decay is not None:
+        settled = decay.settled(smaller)
+        yield (
+            f"states forget their start to {smaller:g} within {settled:,} steps on these data (estimate)"
+            if settled is not None
+            else "keep the recurrence where its very numbers matter: started from another state, the hidden state still"
+            f" differs by {float(decay.worst[-1]):.2g} after {decay.lags[-1]:,} steps (estimate)"
+        )
+    proved = [certificate.horizon(small) for certificate in profile.certificates]
+    if len(profile.layers) == 1 and proved and proved[0] is not None:
+        yield f"proved: inputs more than {proved[0]:,} steps back change the hidden state by at most {small:g}"
+    yield _window_in_words(profile, delta)
+
+
+def _window_in_words(profile: MemoryProfile, delta: float) -> str:
     k, longest = profile.k(delta), profile.ks[-1]
     if k is None:
-        yield f"keep the recurrence: even the last {longest:,} inputs are not enough (estimate)"
-    else:
-        inputs = f"the last {k:,} input{'s' * (k > 1)} {_span(profile.k_band(delta))}"
-        if profile.scale is None:
-            yield f"{inputs} are enough for the loss to within {delta:.2g} of itself (estimate)"
-        else:
-            largest = float(profile.losses[profile.ks.index(k)].max()) ** 0.5
-            yield (
-                f"{inputs} give the outputs to within {delta:.2g} of their variance, single ones to within"
-                f" {largest:.2g} (estimate)"
-            )
-    proved = [certificate.horizon(FORGOTTEN[0]) for certificate in profile.certificates]
-    decay = profile.forgetting
-    if proved and None not in proved and len(proved) == len(profile.layers) == 1:
-        yield f"proved: inputs more than {proved[0]:,} steps back change the hidden state by at most {FORGOTTEN[0]:g}"
-    if decay is None:
-        return
-    settled = decay.settled(FORGOTTEN[1])
-    if settled is not None:
-        yield f"states forget their start to {FORGOTTEN[1]:g} within {settled:,} steps on these data (estimate)"
-        return
-    left, lag = float(decay.worst[-1]), decay.lags[-1]
-    yield (
-        f"{'and ' if k is None else ''}keep the recurrence where its very numbers matter: started from another state,"
-        f" the hidden state still differs by {left:.2g} after {lag:,} steps (estimate)"
+        return f"even the last {longest:,} inputs are not enough on average: keep the recurrence (estimate)"
+    if k == longest and len(profile.ks) > 1:
+        return f"no window shorter than the longest measured, {longest:,} inputs, is enough on average (estimate)"
+    inputs = f"the last {k:,} input{'s' * (k > 1)} {_span(profile.k_band(delta))}"
+    if profile.scale is None:
+        return f"on average {inputs} keep the loss within {delta:.2g} of itself (estimate)"
+    largest = float(profile.losses[profile.ks.index(k)].max()) ** 0.5
+    return (
+        f"on average {inputs} keep the outputs within {delta:.2g} of their variance, but single ones change by up to"
+        f" {largest:.2g} (estimate)"
     )
 
 
