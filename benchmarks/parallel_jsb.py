@@ -10,6 +10,7 @@ output or final state from the sequential run; the key `evidence` holds what the
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -55,6 +56,7 @@ def measure(name: str, model: RecurrentModel, task: Task, stream: Tensor) -> lis
     proof = certificate if certificate.stable else None
     y, state, evidence = run_parallel(layer, stream, tol=TOL, certificate=proof)
     y_true, state_true = layer(stream)
+    said = evidence.to_dict()
     error = max(largest_difference(y, y_true), largest_difference(state, state_true))
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(ROUNDS):
@@ -71,7 +73,7 @@ def measure(name: str, model: RecurrentModel, task: Task, stream: Tensor) -> lis
         "command": command_line(),
         "hidden_size": model.hidden_size,
         "certified_rate": proof.rate if proof else None,
-        "evidence": evidence.to_dict(),
+        "evidence": {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()},
     }
     return [
         make_record(metric="speedup", mean=round(speedup, 3), baseline="torch", **about),
@@ -97,7 +99,7 @@ def main() -> None:
             speed["model"],
             said["mode"],
             f"{error['mean']:.1e}",
-            f"{said['max_mismatch']:.1e}",
+            "–" if said["max_mismatch"] is None else f"{said['max_mismatch']:.1e}",
             str(said["sweeps"]),
             bound,
             f"{said['sequential_depth']} of {said['steps']}",
