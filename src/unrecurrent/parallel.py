@@ -324,6 +324,7 @@ class _Options(NamedTuple):
     warmup: int | Literal["auto"]
     verify: Verify
     certificate: Certificate | None
+    budget: float = 1.0  # share of a sequential run of its own that one sequence of a batch may cost
 
     @classmethod
     def checked(cls, tol: float, chunks: Any, warmup: Any, verify: Any, certificate: Any) -> "_Options":
@@ -390,7 +391,7 @@ def _decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options) -
         if steps < _SHORTEST:
             raise _NotWorthIt(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
         cost = step_cost(engine, plain, x)
-        ledger = _Ledger(cost, _ATTEMPT_SHARE * cost.sequential * steps)
+        ledger = _Ledger(cost, _ATTEMPT_SHARE * options.budget * cost.sequential * steps)
     rate = None
     warmup = options.warmup
     if warmup == "auto":
@@ -772,6 +773,10 @@ def _run_packed(module: nn.Module, x: PackedSequence, h0: Any, options: _Options
     """Every sequence by itself, longest first; where one cannot, the module runs on the packed batch."""
     padded, lengths = pad_packed_sequence(x)
     begun, results = time.perf_counter(), {}
+    if options.chunks == "auto" and len(padded) >= _SHORTEST:
+        together = len(padded) * sequential_step(ModuleEngine(module, padded), padded)
+        one_by_one = int(lengths.sum()) * sequential_step(ModuleEngine(module, padded[:, :1]), padded[:, :1])
+        options = options._replace(budget=min(1.0, together / one_by_one))
     for b in torch.argsort(lengths, descending=True).tolist():
         sequence = padded[: lengths[b], b : b + 1]
         start = None if h0 is None else _packed_like(h0, tuple(part[:, b : b + 1] for part in parts_of(h0)))
@@ -980,9 +985,16 @@ class Parallel(nn.Module):
     ) -> None:
         super().__init__()
         self.module = module
-        self.options = _Options.checked(tol, chunks, warmup, verify, certificate)
+        _Options.checked(tol, chunks, warmup, verify, certificate)
+        self.options: dict[str, Any] = {
+            "tol": tol,
+            "chunks": chunks,
+            "warmup": warmup,
+            "verify": verify,
+            "certificate": certificate,
+        }
         self.evidence: Evidence | None = None
 
     def forward(self, x: Any, hx: Any = None) -> tuple[Any, Any]:
-        y, state, self.evidence = run_parallel(self.module, x, hx, **self.options._asdict())
+        y, state, self.evidence = run_parallel(self.module, x, hx, **self.options)
         return y, state
