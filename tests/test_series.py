@@ -249,7 +249,7 @@ def test_every_model_has_a_recipe_and_a_width(model, load_file):
 def test_published_series_have_their_published_sizes(data_dir):
     expected = {
         "ETTh1": {"train": (512, 24), "valid": (2880 - 24, 24), "test": (2880 - 24, 24)},
-        "tanks": {"train": (192, 1), "valid": (205, 1), "test": (1024, 1)},
+        "tanks": {"train": (384, 1), "valid": (205, 1), "test": (1024, 1)},
         "F16": {"train": (1024, 3), "valid": (14746, 3), "test": (16384, 3)},
     }
     for name, sizes in expected.items():

@@ -26,7 +26,6 @@ from unrecurrent.knee import Knee, Trained, judge_all
 from unrecurrent.memory import MemoryProfile, measure_memory
 from unrecurrent.models import Settings, build_model, find_model_class
 from unrecurrent.naive import Baseline, baselines
-from unrecurrent.progress import progress_bars
 from unrecurrent.recipes import Recipe, find_recipe
 from unrecurrent.records import Record, make_record
 from unrecurrent.tasks import get_task, task_names
@@ -35,7 +34,7 @@ from unrecurrent.tasks.series import PREFIX, SeriesTask, series_name
 from unrecurrent.training import task_interface
 from unrecurrent.worker import Job
 
-#: the recommended window is the smallest whose loss is within this fraction of that with the whole past
+#: the recommended window may cost this fraction of the loss with the whole past
 DELTA = 0.01
 #: resamples behind the bands of what is lost and gained
 RESAMPLES = 1_000
@@ -46,10 +45,11 @@ HIDDEN_RECURRENT = 64
 RULES = (
     "The forecasters trained first can see all {longest} steps that are considered; the one with the smaller mean"
     " validation loss is measured.",
-    "The window k* is the smallest k from which on its loss on the validation part, when each prediction sees only the"
-    " last k steps, stays within {delta:.0%} of the loss with the whole past (an estimate). Lengths measured: all up to"
-    " 8, then four an octave.",
-    "The band holds the bootstrap bands (over validation positions) of k* of every training.",
+    "The window k* is the smallest k from which on the loss on the validation part, when each prediction sees only the"
+    " last k steps, exceeds the loss with the whole past by no more than {delta:.0%} and one standard error of that"
+    " difference (bootstrap over positions; an estimate). Lengths measured: all up to 8, then four an octave.",
+    "The band holds the bootstrap bands (over validation positions) of the smallest k that costs at most {delta:.0%},"
+    " of every training and of their mean.",
     "Check: `window` (a multi-layer perceptron) and `tcn` are trained from scratch with k*/2, k* and 2 k* and"
     " compared on the test part. The knee is later than predicted where 2 k* gains more than {delta:.0%}; where"
     " predicted if not, and k*/2 loses more than {delta:.0%}; earlier where k*/2 loses less; each by two standard"
@@ -191,12 +191,13 @@ class Lookback:
             command=self.command,
             task=self.task.name,
             model=self.measured.name,
+            variant="one-standard-error rule",
             metric="k_star",
             split="valid",
             mean=self.window,
             std=stdev(found) if len(found) == len(self.seed_windows) > 1 else None,
             seeds=len(self.seed_windows),
-            k_star=self.window,
+            k_star=self.profile.k(self.delta),
             k_low=low,
             k_high=high,
             longest=self.task.longest,
@@ -365,7 +366,7 @@ def look_back(
         measured = min(wide, key=lambda m: m.mean("valid"))
         profiles = session.profiles(measured, positions)
         pooled = _pooled(profiles)
-        window = pooled.k(delta)
+        window = shortest_window(pooled, delta)
         checked = session.trained(_checks(window or found.longest, window is None))
     return Lookback(
         task=found,
@@ -373,7 +374,7 @@ def look_back(
         profile=pooled,
         window=window,
         band=_joint_band([pooled, *profiles], delta),
-        seed_windows=tuple(profile.k(delta) for profile in profiles),
+        seed_windows=tuple(shortest_window(profile, delta) for profile in profiles),
         lost_at_half=_change(pooled, window, window // 2) if window and window > 1 else None,
         gained_at_double=_change(pooled, 2 * window, window) if window else None,
         models=(*wide, *(m for m in checked if m.label not in {w.label for w in wide})),
@@ -406,6 +407,9 @@ class _Session:
         jobs = [(m, self._job(m, recipe, seed), seed) for m, recipe in models for seed in range(self.seeds)]
         labels = [f"{m.label}, seed {seed}" for m, _, seed in jobs]
         results = run_jobs([job for _, job, _ in jobs], labels, quiet=not self.progress)
+        for result in results:
+            if "diverged" in result:
+                raise InputError(result["diverged"])
         kept = [{**r, "folder": job.folder} for r, (_, job, _) in zip(results, jobs, strict=True)]
         return [replace(m, results=kept[i * self.seeds : (i + 1) * self.seeds]) for i, (m, _) in enumerate(models)]
 
@@ -419,14 +423,13 @@ class _Session:
     def profiles(self, model: Trained, positions: int) -> list[MemoryProfile]:
         """Return the truncation curve of every training of a model, all on the same positions."""
         data, ks = list(self.task.load("valid")), lengths_measured(self.task.longest)
-        profiles = []
-        with progress_bars(quiet=not self.progress) as bars:
-            bar = bars.add_task(f"measuring {model.label}", total=self.seeds, info="")
-            for result in model.results:
-                trained, _ = load_model(Path(result["folder"]))
-                profiles.append(measure_memory(trained, data, self.task.loss, ks=ks, positions=positions))
-                bars.advance(bar)
-        return profiles
+        measured = [load_model(Path(result["folder"]))[0] for result in model.results]
+        return [
+            measure_memory(
+                trained, data, self.task.loss, ks=ks, positions=positions, layers=False, progress=self.progress
+            )
+            for trained in measured
+        ]
 
 
 def lengths_measured(longest: int) -> list[int]:
@@ -486,6 +489,35 @@ def _pooled(profiles: Sequence[MemoryProfile]) -> MemoryProfile:
     )
 
 
+def shortest_window(profile: MemoryProfile, delta: float) -> int | None:
+    """Return the smallest k from which on the loss is not clearly more than `delta` worse than with the whole past.
+
+    "Not clearly": by at most one standard error of L(k)/L(full) − 1 over bootstrap samples of the positions, the same
+    sample for both, which is the one-standard-error rule of Breiman et al. 1984. `profile.k` is the same without it,
+    and follows the noise of a short validation part to ever longer windows.
+
+    >>> losses = np.array([[2.0, 3.0, 4.0], [1.0, 1.0, 1.03], [1.0, 0.97, 1.05]])
+    >>> profile = MemoryProfile((1, 2, 3), losses, np.ones(3))
+    >>> shortest_window(profile, 0.005), profile.k(0.005)
+    (2, None)
+    """
+    weights = _resamples(profile)
+    samples = (weights @ profile.losses.T) / (weights @ profile.full_losses)[:, None] - 1
+    excess = profile.losses.mean(axis=1) / profile.full - 1 - samples.std(axis=0)
+    found = None
+    for k, clear in sorted(zip(profile.ks, excess.tolist(), strict=True), reverse=True):
+        if clear > delta:
+            break
+        found = k
+    return found
+
+
+def _resamples(profile: MemoryProfile) -> np.ndarray:
+    """Return the weights `(resamples, positions)` of a bootstrap of the positions, the same at each call."""
+    count = len(profile.full_losses)
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+
+
 def _joint_band(profiles: Sequence[MemoryProfile], delta: float) -> tuple[int | None, int | None]:
     lows, highs = zip(*(profile.k_band(delta) for profile in profiles), strict=True)
     low = min((k for k in lows if k is not None), default=None)
@@ -499,8 +531,6 @@ def _change(profile: MemoryProfile, reference: int, shorter: int) -> Change:
     def losses(k: int) -> np.ndarray:
         return profile.losses[profile.ks.index(k)] if k in profile.ks else profile.full_losses
 
-    base, other = losses(reference), losses(shorter)
-    count = len(base)
-    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+    base, other, weights = losses(reference), losses(shorter), _resamples(profile)
     low, high = np.percentile((weights @ other) / (weights @ base) - 1, [2.5, 97.5])
     return Change(float(other.mean() / base.mean() - 1), float(low), float(high))

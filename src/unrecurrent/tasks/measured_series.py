@@ -75,7 +75,7 @@ class CascadedTanks(PublishedSeries):
     )
 
     def __init__(self, data_dir: Path | None = None) -> None:
-        super().__init__(data_dir, "tanks", horizon=0, features=1, outputs=1, length=192, seconds=4.0)
+        super().__init__(data_dir, "tanks", horizon=0, features=1, outputs=1, length=384, seconds=4.0)
 
     def read(self) -> list[Series]:
         table = self.table(self.sources[0])

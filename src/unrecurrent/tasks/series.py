@@ -141,8 +141,8 @@ class SeriesTask(Task):
 
 def _duration(seconds: float) -> str:
     hours = seconds / 3600
-    if hours < 0.1:
-        return f"{seconds:.3g} seconds"
+    if hours < 1:
+        return f"{seconds:.3g} seconds" if seconds < 120 else f"{seconds / 60:.3g} minutes, {hours:.2g} hours"
     text = f"{hours:,.3g} hour{'s' if hours != 1 else ''}" if hours < 1000 else f"{hours:,.0f} hours"
     return text if hours < 48 else f"{text}, {hours / 24:.3g} days"
 

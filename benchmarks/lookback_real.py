@@ -1,0 +1,151 @@
+"""How long a window do three real series need? Writes results/lookback.json and a figure a series.
+
+    python benchmarks/lookback_real.py             # about 15 minutes on two cores; needs ETTh1, tanks and F16
+    python benchmarks/lookback_real.py tanks       # one of them; the records of the others are kept
+
+Trainings are kept below runs/, so that a second call resumes or reuses them.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from unrecurrent.files import write_text
+from unrecurrent.lookback import Lookback, look_back
+from unrecurrent.records import read_records, write_records
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS, FIGURES = ROOT / "results" / "lookback.json", ROOT / "results" / "figures"
+SEEDS = 2
+#: passes over the training part; F16 is long, and its losses have settled by then
+EPOCHS = {"ETTh1": None, "tanks": None, "F16": 20}
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 430, 64, 74, 24, 56
+#: Okabe and Ito's colours, told apart with any colour vision
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+#: losses further above that at k* are off the chart
+HIGHEST = 2.0
+
+
+class Axes:
+    """Where a window length (logarithmic) and a relative loss lie on the drawing."""
+
+    def __init__(self, ks: Sequence[float], losses: Sequence[float]):
+        self.first, self.last = min(ks), max(ks)
+        self.low, self.high = 0.97 * min(losses), min(HIGHEST, 1.03 * max(losses))
+
+    def x(self, k: float) -> float:
+        share = math.log(k / self.first) / math.log(self.last / self.first)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, loss: float) -> float:
+        share = (min(loss, self.high) - self.low) / (self.high - self.low)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        return "M" + " L".join(f"{self.x(k):.1f},{self.y(loss):.1f}" for k, loss in points)
+
+
+def figure(found: Lookback) -> str:
+    """Return the truncation curve and the models that check it as one SVG drawing, all relative to k*."""
+    ks = [k for k, *_ in found.profile.curve]
+    at = found.window or ks[-1]
+    level = next(mean for k, mean, *_ in found.profile.curve if k == at)
+    curve = [(k, mean / level) for k, mean, *_ in found.profile.curve]
+    checks = {"window": (ORANGE, points(found, "window")), "tcn": (GREEN, points(found, "tcn"))}
+    every = [*curve, *(p for _, ps in checks.values() for p in ps)]
+    axes = Axes([k for k, _ in every], [loss for _, loss in every])
+    band = [(k, low / level) for k, _, low, _ in found.profile.curve]
+    band += [(k, high / level) for k, _, _, high in reversed(found.profile.curve)]
+    drawn = [
+        f'<path d="{axes.path(band)} Z" fill="{BLUE}" fill-opacity="0.15"/>',
+        *(grid_line(axes, loss) for loss in grid(axes)),
+        *(tick(axes, 2**p) for p in range(20) if axes.first <= 2**p <= axes.last),
+        window_mark(axes, found),
+        f'<path d="{axes.path(curve)}" fill="none" stroke="{BLUE}" stroke-width="2.5"/>',
+        *(marks(axes, colour, ps) for colour, ps in checks.values()),
+        *legend(found.measured.label, {name: colour for name, (colour, _) in checks.items()}),
+        text(LEFT, 22, f"{found.task.name}: mean squared error, relative to that at k*", size=16),
+        text(WIDTH / 2, HEIGHT - 12, "steps seen", anchor="middle"),
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif"'
+        f' role="img" aria-label="{escape(found.text)}"><rect width="100%" height="100%" fill="white"/>\n'
+        + "\n".join(drawn)
+        + "\n</svg>\n"
+    )
+
+
+def points(found: Lookback, name: str) -> list[tuple[float, float]]:
+    """Return the windows of one kind of model and its test losses, relative to the one nearest to k*."""
+    at = found.window or found.task.longest
+    models = [m for m in found.models if m.name == name and m.reach and m is not found.measured]
+    models = [m for m in models if m.reach is not None and m.reach <= 2.7 * at]
+    level = min(models, key=lambda m: abs(math.log((m.reach or 1) / at))).mean("test")
+    return sorted((float(m.reach or 1), m.mean("test") / level) for m in models)
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", size: int = 13) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def grid(axes: Axes) -> list[float]:
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (axes.high - axes.low) / s <= 8)
+    return [step * n for n in range(math.ceil(axes.low / step), math.floor(axes.high / step) + 1)]
+
+
+def grid_line(axes: Axes, loss: float) -> str:
+    y = axes.y(loss)
+    line = f'<path d="M{LEFT},{y:.1f} H{WIDTH - RIGHT}" stroke="#ddd"/>'
+    return line + text(LEFT - 8, y + 4, f"{loss:.2f}", anchor="end")
+
+
+def tick(axes: Axes, k: int) -> str:
+    x = axes.x(k)
+    line = f'<path d="M{x:.1f},{HEIGHT - BOTTOM} v6" stroke="black"/>'
+    return line + text(x, HEIGHT - BOTTOM + 20, f"{k:,}", anchor="middle")
+
+
+def window_mark(axes: Axes, found: Lookback) -> str:
+    if found.window is None:
+        return text(WIDTH - RIGHT, TOP - 8, f"k* is more than {found.task.longest}", anchor="end")
+    low, high = found.band[0] or found.window, found.band[1] or axes.last
+    shade = f'<rect x="{axes.x(low):.1f}" y="{TOP}" width="{axes.x(high) - axes.x(low):.1f}"'
+    shade += f' height="{HEIGHT - TOP - BOTTOM}" fill="#000" fill-opacity="0.06"/>'
+    x = axes.x(found.window)
+    line = f'<path d="M{x:.1f},{TOP} V{HEIGHT - BOTTOM}" stroke="#444" stroke-dasharray="5 4"/>'
+    return shade + line + text(x, TOP - 8, f"k* = {found.task.span(found.window)}", anchor="middle")
+
+
+def marks(axes: Axes, colour: str, ps: Sequence[tuple[float, float]]) -> str:
+    line = f'<path d="{axes.path(ps)}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="2 3"/>'
+    circle = '<circle cx="{:.1f}" cy="{:.1f}" r="6" fill="{}"/>'
+    return line + "".join(circle.format(axes.x(k), axes.y(loss), colour) for k, loss in ps)
+
+
+def legend(measured: str, colours: dict[str, str]) -> list[str]:
+    entries = [(BLUE, f"{measured}, truncated (validation part)")]
+    entries += [(colour, f"{name}, trained so (test part)") for name, colour in colours.items()]
+    drawn, x = [], float(LEFT)
+    for colour, words in entries:
+        drawn += [f'<circle cx="{x + 5:.1f}" cy="40" r="5" fill="{colour}"/>', text(x + 15, 44, words)]
+        x += 30 + 6.9 * len(words)
+    return drawn
+
+
+def main(names: Sequence[str]) -> None:
+    """Look back on the series named, and write records and figures."""
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        command = f"python benchmarks/lookback_real.py {name}"
+        found = look_back(name, seeds=SEEDS, epochs=EPOCHS[name], folder=ROOT / "runs" / "lookback", command=command)
+        print(found.table, found.text, sep="\n\n", end="\n\n", flush=True)
+        write_text(FIGURES / f"lookback-{name}.svg", figure(found))
+        kept = [r for r in read_records(RECORDS) if r["task"] != name] if RECORDS.exists() else []
+        write_records(RECORDS, [*kept, *found.records])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(EPOCHS))
