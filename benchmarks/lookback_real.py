@@ -25,23 +25,23 @@ EPOCHS = {"ETTh1": None, "tanks": None, "F16": 20}
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 430, 64, 74, 24, 56
 #: Okabe and Ito's colours, told apart with any colour vision
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-#: losses further above that at k* are off the chart
-HIGHEST = 2.0
+#: relative losses that may have a line of their own
+LINES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 
 
 class Axes:
-    """Where a window length (logarithmic) and a relative loss lie on the drawing."""
+    """Where a window length and a relative loss lie on the drawing, both logarithmic."""
 
     def __init__(self, ks: Sequence[float], losses: Sequence[float]):
         self.first, self.last = min(ks), max(ks)
-        self.low, self.high = 0.97 * min(losses), min(HIGHEST, 1.03 * max(losses))
+        self.low, self.high = math.log(0.97 * min(losses)), math.log(1.03 * max(losses))
 
     def x(self, k: float) -> float:
         share = math.log(k / self.first) / math.log(self.last / self.first)
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def y(self, loss: float) -> float:
-        share = (min(loss, self.high) - self.low) / (self.high - self.low)
+        share = (math.log(loss) - self.low) / (self.high - self.low)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
@@ -56,7 +56,8 @@ def figure(found: Lookback) -> str:
     curve = [(k, mean / level) for k, mean, *_ in found.profile.curve]
     checks = {"window": (ORANGE, points(found, "window")), "tcn": (GREEN, points(found, "tcn"))}
     every = [*curve, *(p for _, ps in checks.values() for p in ps)]
-    axes = Axes([k for k, _ in every], [loss for _, loss in every])
+    edges = [edge / level for _, _, *ends in found.profile.curve for edge in ends]
+    axes = Axes([k for k, _ in every], [*(loss for _, loss in every), *edges])
     band = [(k, low / level) for k, _, low, _ in found.profile.curve]
     band += [(k, high / level) for k, _, _, high in reversed(found.profile.curve)]
     drawn = [
@@ -92,14 +93,18 @@ def text(x: float, y: float, words: str, anchor: str = "start", size: int = 13) 
 
 
 def grid(axes: Axes) -> list[float]:
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (axes.high - axes.low) / s <= 8)
-    return [step * n for n in range(math.ceil(axes.low / step), math.floor(axes.high / step) + 1)]
+    """Return the round losses on the chart that are far enough apart."""
+    kept: list[float] = []
+    for loss in (line for line in LINES if axes.low <= math.log(line) <= axes.high):
+        if not kept or axes.y(kept[-1]) - axes.y(loss) > 18:
+            kept.append(loss)
+    return kept
 
 
 def grid_line(axes: Axes, loss: float) -> str:
     y = axes.y(loss)
     line = f'<path d="M{LEFT},{y:.1f} H{WIDTH - RIGHT}" stroke="#ddd"/>'
-    return line + text(LEFT - 8, y + 4, f"{loss:.2f}", anchor="end")
+    return line + text(LEFT - 8, y + 4, f"{loss:g}", anchor="end")
 
 
 def tick(axes: Axes, k: int) -> str:
@@ -116,7 +121,7 @@ def window_mark(axes: Axes, found: Lookback) -> str:
     shade += f' height="{HEIGHT - TOP - BOTTOM}" fill="#000" fill-opacity="0.06"/>'
     x = axes.x(found.window)
     line = f'<path d="M{x:.1f},{TOP} V{HEIGHT - BOTTOM}" stroke="#444" stroke-dasharray="5 4"/>'
-    return shade + line + text(x, TOP - 8, f"k* = {found.task.span(found.window)}", anchor="middle")
+    return shade + line + text(min(x, WIDTH - 130), TOP - 8, f"k* = {found.task.span(found.window)}", anchor="middle")
 
 
 def marks(axes: Axes, colour: str, ps: Sequence[tuple[float, float]]) -> str:
@@ -126,12 +131,12 @@ def marks(axes: Axes, colour: str, ps: Sequence[tuple[float, float]]) -> str:
 
 
 def legend(measured: str, colours: dict[str, str]) -> list[str]:
-    entries = [(BLUE, f"{measured}, truncated (validation part)")]
-    entries += [(colour, f"{name}, trained so (test part)") for name, colour in colours.items()]
+    entries = [(BLUE, f"{measured}, truncated (validation)")]
+    entries += [(colour, f"{name}, trained so (test)") for name, colour in colours.items()]
     drawn, x = [], float(LEFT)
     for colour, words in entries:
         drawn += [f'<circle cx="{x + 5:.1f}" cy="40" r="5" fill="{colour}"/>', text(x + 15, 44, words)]
-        x += 30 + 6.9 * len(words)
+        x += 30 + 6.6 * len(words)
     return drawn
 
 

@@ -82,7 +82,7 @@ def test_records_have_the_keys_of_every_results_file(found):
 def test_the_report_is_one_page_with_the_question_and_the_answer(found, tmp_path):
     found.save_report(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert "How long a window does series:" in page
+    assert "How long a window does y in delayed.csv need?" in page
     assert re.search(r'<p class="answer" id="verdict">Look back [67] steps\.</p>', page)
 
 
@@ -103,13 +103,14 @@ def trained(name, reach, losses):
 def test_the_knee_follows_from_the_losses(half, at, double, place):
     knee = judge(trained("window", 4, half), trained("window", 8, at), trained("window", 16, double), 0.01)
     assert knee.place == place
-    assert "at 4 steps it loses" in knee.text
+    assert "against 8 steps: the error is" in knee.text
+    assert ("larger with 4 and" in knee.text) == (half[0] > at[0])
 
 
 def test_a_window_of_one_step_has_no_half():
     knee = judge(None, trained("tcn", 1, [1.0, 1.0]), trained("tcn", 3, [1.0, 1.0]), 0.01)
     assert (knee.lost_at_half, knee.place) == (None, "where predicted")
-    assert "loses" not in knee.text
+    assert "against 1 steps: the error is 0.0% smaller with 3; " in knee.text
 
 
 def test_a_window_beyond_what_is_considered_is_said_to_be_so(delayed, monkeypatch):
@@ -189,3 +190,9 @@ def test_mistakes_end_with_one_sentence_and_code_two(options, said, delayed, cap
     assert said in err
     assert out == ""
     assert len(err.strip().splitlines()) == 1
+
+
+def test_help_shows_a_runnable_example(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "lookback", "--help")
+    assert code == 0
+    assert "Example: unrecurrent lookback" in " ".join(out.split())

@@ -67,17 +67,21 @@ def judge(half: Trained | None, at: Trained, double: Trained, delta: float) -> K
     gained, gained_error = _relative(at, double)
     lost, lost_error = _relative(half, at) if half else (math.inf, 0.0)
     place = place_of(lost, lost_error, gained, gained_error, delta)
-    change = f"from {at.reach} to {double.reach} steps it gains {gained:.1%}"
-    if half:
-        change = f"at {half.reach} steps it loses {lost:.1%} and {change}"
+    changes = [f"{_changed(half, at)} with {half.reach}"] if half else []
+    changes.append(f"{_changed(double, at)} with {double.reach}")
     finding = {
         "where predicted": "the knee is where it was predicted",
         "earlier": "its knee is earlier than predicted",
         "later": "its knee is later than predicted",
         "cannot tell": f"whether the knee is there cannot be told with {len(at.results)} seeds",
     }[place]
-    text = f"Check with {at.name}, test part: {change}: {finding}."
+    text = f"Check with {at.name}, test part, against {at.reach} steps: {' and '.join(changes)}; {finding}."
     return Knee(at.name, lost if half else None, gained, place, text)
+
+
+def _changed(model: Trained, reference: Trained) -> str:
+    change = model.mean("test") / reference.mean("test") - 1
+    return f"the error is {abs(change):.1%} {'larger' if change > 0 else 'smaller'}"
 
 
 def place_of(lost: float, lost_error: float, gained: float, gained_error: float, delta: float) -> Place:

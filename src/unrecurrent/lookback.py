@@ -156,7 +156,7 @@ class Lookback:
         from rich.console import Console
         from rich.table import Table
 
-        title = f"{self.task.name}: mean squared error, {self.task.metric.unit}"
+        title = f"{self.task.title}: mean squared error, {self.task.metric.unit}"
         table = Table("model", title=title, box=box.SIMPLE_HEAD, title_justify="left")
         for heading in ("sees", "validation", "test", "params"):
             table.add_column(heading, justify="right")
@@ -250,7 +250,7 @@ class Lookback:
         table = [{**r, "model": n, "recurrent": c} for r, n, c in zip(rows, labels, recurrent, strict=True)]
         return {
             "task": self.task.name,
-            "question": f"How long a window does {self.task.name} need?",
+            "question": f"How long a window does {self.task.title} need?",
             "step_noun": self.task.step_noun,
             "metric": {"name": metric.name, "direction": metric.direction, "unit": metric.unit},
             "verdict": {"answer": "Look back", "text": self.text, "rules": list(self.rules)},

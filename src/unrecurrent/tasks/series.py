@@ -86,6 +86,11 @@ class SeriesTask(Task):
         raise NotImplementedError
 
     @property
+    def title(self) -> str:
+        """What is predicted, as it stands in a sentence."""
+        return self.name
+
+    @property
     def longest(self) -> int:
         """The longest window considered: half a training sequence, so that twice that window can be checked."""
         return max(1, self.length // 2)
@@ -242,6 +247,10 @@ class SeriesFile(SeriesTask):
         super().__init__(name, horizon, features, max(1, horizon), 2 * longest, self._seconds(rows))
         self._values = self._checked_values(rows)
         self._series_rows = rows
+
+    @property
+    def title(self) -> str:
+        return f"{self.target} in {Path(self.table.path).name}"
 
     def read(self) -> list[Series]:
         """Return the series of the file in its own units, split by time."""
