@@ -1,4 +1,4 @@
-"""How much memory two models in wide use really use: results/trained.json, results/figures/{silero-vad,g2p-en}.html.
+"""How much memory two models in wide use really use: results/trained.json, results/figures/{silero-vad,g2p-en}.png.
 
     UNRECURRENT_DATA=... python benchmarks/measure_trained.py
 
@@ -10,6 +10,9 @@ reads the letters of a word, on words of WikiText-2 (examples/letters_to_sounds.
 import argparse
 import importlib.util
 import math
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +29,7 @@ from unrecurrent.tasks.task import data_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT, FRAME = 64, 512
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def speech_frames(data: Path) -> np.ndarray:
@@ -90,6 +94,19 @@ def record(task: str, model: str, variant: str, profile: MemoryProfile) -> Recor
     )  # fmt: skip
 
 
+def take_picture(profile: MemoryProfile, title: str, path: Path) -> None:
+    """Photograph the profile's page with whatever Chromium there is."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        print(f"no picture {path}: it needs one of {', '.join(BROWSERS)}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        page({title: profile}, Path(folder) / "page.html", title)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000"]
+        shot = ["--window-size=1100,1020", f"--screenshot={path}", f"file://{folder}/page.html"]
+        subprocess.run([browser, *options, *shot], check=True, capture_output=True, timeout=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, default=1024)
@@ -103,7 +120,7 @@ def main() -> None:
     }
     for name, profile in profiles.items():
         print(f"{name}: {profile}\n")
-        page({name: profile}, arguments.out.parent / f"figures/{name}.html", f"The memory of {name}")
+        take_picture(profile, f"The memory of {name}", arguments.out.parent / f"figures/{name}.png")
     write_records(arguments.out, [record(name, *about[name], profile) for name, profile in profiles.items()])
 
 

@@ -1,6 +1,6 @@
 """A memory profile as a figure and as HTML: four charts, the numbers in words, and what is proved beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ LAYER_COLOURS = (ORANGE, GREEN, PINK, BLUE)
 #: values below this share of the largest are left out of a logarithmic chart
 SMALLEST = 1e-16
 TITLES = (
-    "Loss when only the last k inputs are seen",
-    "Gradient of the loss by inputs j steps back",
+    "{loss} when only the last k inputs are seen",
+    "Gradient of the {goal} by inputs j steps back",
     "Distance between states that started apart",
     "Lyapunov exponents, a step",
 )
@@ -31,7 +31,9 @@ TITLES = (
 
 def figure(profile: "MemoryProfile") -> go.Figure:
     """The truncation curve, the decay of gradients, the forgetting curves and the spectra."""
-    chart = make_subplots(2, 2, subplot_titles=TITLES, horizontal_spacing=0.11, vertical_spacing=0.16)
+    loss, goal = ("Loss", "loss") if profile.scale is None else ("Change of the outputs", "outputs")
+    titles = [title.format(loss=loss, goal=goal) for title in TITLES]
+    chart = make_subplots(2, 2, subplot_titles=titles, horizontal_spacing=0.11, vertical_spacing=0.16)
     _truncation(chart, profile)
     if profile.gradient_decay is not None:
         _decay(chart, 1, 2, profile.gradient_decay, BLUE, "gradient")
@@ -44,7 +46,9 @@ def figure(profile: "MemoryProfile") -> go.Figure:
     if not profile.layers:
         _absent(chart, 2, 1, "no recurrent layer")
         _absent(chart, 2, 2, "no recurrent layer")
-    _name_axes(chart)
+    _name_axes(chart, goal)
+    if profile.layers:
+        chart.update_yaxes(_at_least_a_decade([layer.forgetting for layer in profile.layers]), row=2, col=1)
     chart.update_layout(
         template="plotly_white",
         height=760,
@@ -56,12 +60,12 @@ def figure(profile: "MemoryProfile") -> go.Figure:
     return chart
 
 
-def _name_axes(chart: go.Figure) -> None:
+def _name_axes(chart: go.Figure, goal: str) -> None:
     whole = {"dtick": 1, "minor": {"showgrid": False}}
     chart.update_xaxes(title_text="inputs seen, k", type="log", **_octaves(), row=1, col=1)
-    chart.update_yaxes(title_text="mean loss", row=1, col=1)
+    chart.update_yaxes(title_text="mean loss" if goal == "loss" else "mean square", row=1, col=1)
     chart.update_xaxes(title_text="steps back, j", row=1, col=2)
-    chart.update_yaxes(title_text="‖∂ loss / ∂ x‖", type="log", exponentformat="power", row=1, col=2, **whole)
+    chart.update_yaxes(title_text=f"‖∂ {goal} / ∂ x‖", type="log", exponentformat="power", row=1, col=2, **whole)
     chart.update_xaxes(title_text="steps after the start", type="log", **_octaves(), row=2, col=1)
     chart.update_yaxes(title_text="largest |Δh|", type="log", exponentformat="power", row=2, col=1)
     chart.update_xaxes(title_text="number", row=2, col=2)
@@ -90,6 +94,7 @@ def _band(chart: go.Figure, row: int, col: int, x: Any, low: Any, high: Any, col
         go.Scatter(
             x=x + x[::-1],
             y=high + low[::-1],
+            mode="lines",
             fill="toself",
             fillcolor=f"rgba({red},{green},{blue},0.2)",
             line={"width": 0},
@@ -115,8 +120,8 @@ def _truncation(chart: go.Figure, profile: "MemoryProfile") -> None:
 
 
 def _decay(chart: go.Figure, row: int, col: int, decay: Decay, colour: str, name: str) -> None:
-    """Median as a line, the worst dotted, the bootstrap band of the mean shaded; zeros leave a logarithmic chart."""
-    lags, worst, median = np.array(decay.lags), decay.worst, decay.median
+    """The mean as a line in its bootstrap band, the worst dotted; zeros leave a logarithmic chart."""
+    lags, worst, mean = np.array(decay.lags), decay.worst, decay.mean
     shown = worst > SMALLEST * max(worst.max(), 1e-300)
     low, high = decay.band
     if not shown.any():
@@ -125,8 +130,16 @@ def _decay(chart: go.Figure, row: int, col: int, decay: Decay, colour: str, name
     banded = shown & (low > 0)
     if banded.any():
         _band(chart, row, col, lags[banded], low[banded], high[banded], colour)
-    _line(chart, row, col, lags[shown], np.where(median > 0, median, np.nan)[shown], colour, f"{name}, median")
+    _line(chart, row, col, lags[shown], mean[shown], colour, f"{name}, mean")
     _line(chart, row, col, lags[shown], worst[shown], colour, f"{name}, worst", dash="dot", width=1)
+
+
+def _at_least_a_decade(decays: Sequence[Decay]) -> dict[str, Any]:
+    """The range of a logarithmic axis that does not blow up a curve which hardly falls."""
+    top = 2 * max(float(decay.worst.max()) for decay in decays)
+    values = np.concatenate([decay.mean[decay.mean > SMALLEST * top] for decay in decays])
+    bottom = min(float(values.min()) / 2 if len(values) else top, top / 20)
+    return {"range": [np.log10(bottom), np.log10(top)]} if bottom > 0 else {}
 
 
 def _spectrum(chart: go.Figure, layer: "LayerMemory", colour: str) -> None:
@@ -153,8 +166,8 @@ def section(profile: "MemoryProfile", title: str) -> str:
     return (
         f'<section class="memory"><h2>{escape(title)}</h2>'
         f"<p><strong>{escape(_sentence(profile.verdict()))}</strong></p>{drawing}"
-        "<p>All of this is an estimate from data unless it says “proved”. Lines: medians (loss: mean). Dotted: the"
-        " worst sample. Shaded: 95 % bootstrap band of the mean; bars: 95 % over blocks of time.</p>"
+        "<p>All of this is an estimate from data unless it says “proved”. Lines: means. Dotted: the worst"
+        " sample. Shaded: 95 % bootstrap band of the mean; bars: 95 % over blocks of time.</p>"
         f"<details><summary>The numbers</summary><pre>{escape(repr(profile))}</pre></details></section>"
     )
 
@@ -167,6 +180,7 @@ def page(profiles: Mapping[str, "MemoryProfile"], path: Path, title: str) -> Non
     """Write the sections of some profiles as a page of its own with plotly.js inside."""
     from plotly.offline import get_plotlyjs
 
+    heading = f"<h1>{escape(title)}</h1>" if len(profiles) > 1 else ""
     sections = "".join(section(profile, name) for name, profile in profiles.items())
     write_text(
         path,
@@ -175,5 +189,5 @@ def page(profiles: Mapping[str, "MemoryProfile"], path: Path, title: str) -> Non
         f"<title>{escape(title)}</title><script>{get_plotlyjs()}</script>"
         "<style>body{font-family:system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
         "pre{overflow-x:auto}</style></head>"
-        f"<body><h1>{escape(title)}</h1>{sections}</body></html>\n",
+        f"<body>{heading}{sections}</body></html>\n",
     )
