@@ -68,5 +68,3 @@ def tiny_stream() -> Task:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
