@@ -50,7 +50,7 @@ def shown(value: object) -> str:
     if value is None:
         return MISSING
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
