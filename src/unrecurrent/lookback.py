@@ -36,6 +36,8 @@ from unrecurrent.worker import Job
 
 #: the recommended window may cost this fraction of the loss with the whole past
 DELTA = 0.01
+#: a forecaster worse than another by this fraction has not learnt all that the past tells
+WORSE = 0.05
 #: resamples behind the bands of what is lost and gained
 RESAMPLES = 1_000
 #: hidden units; small, so that a series trains in seconds
@@ -119,6 +121,12 @@ class Lookback:
             )
         yield from (knee.text for knee in self.knees)
         yield self._beside()
+        sharpest = min(self.models, key=lambda m: m.mean("valid"))
+        if sharpest.mean("valid") < (1 - WORSE) * self.measured.mean("valid"):
+            yield (
+                f"The {sharpest.label} is better than the {self.measured.label} on the validation part as well: trust"
+                " the check more than the curve."
+            )
         best = min((m.mean("test") for m in self.models), default=math.inf)
         better = [b for b in self.naive if b.test <= best]
         if better:
