@@ -124,4 +124,4 @@ def default_parameters(task: Task) -> int:
 
 def default_models(task: Task) -> tuple[str, ...]:
     """Return the models compared when the user names none."""
-    return ("rnn", "lstm", "stable-lstm", "window", "gated-conv", "tcn")
+    return ("rnn", "lstm", "stable-lstm", "certified-lstm", "window", "gated-conv", "tcn")
