@@ -82,7 +82,7 @@ def figure(found: Lookback) -> str:
 def points(found: Lookback, name: str) -> list[tuple[float, float]]:
     """Return the windows of one kind of model and its test losses, relative to the one nearest to k*."""
     at = found.window or found.task.longest
-    models = [m for m in found.models if m.name == name and m.reach and m is not found.measured]
+    models = [m for m in found.models if m.name == name and m.reach]
     models = [m for m in models if m.reach is not None and m.reach <= 2.7 * at]
     level = min(models, key=lambda m: abs(math.log((m.reach or 1) / at))).mean("test")
     return sorted((float(m.reach or 1), m.mean("test") / level) for m in models)
@@ -121,7 +121,7 @@ def window_mark(axes: Axes, found: Lookback) -> str:
     shade += f' height="{HEIGHT - TOP - BOTTOM}" fill="#000" fill-opacity="0.06"/>'
     x = axes.x(found.window)
     line = f'<path d="M{x:.1f},{TOP} V{HEIGHT - BOTTOM}" stroke="#444" stroke-dasharray="5 4"/>'
-    return shade + line + text(min(x, WIDTH - 130), TOP - 8, f"k* = {found.task.span(found.window)}", anchor="middle")
+    return shade + line + text(min(x, WIDTH - 155), TOP - 8, f"k* = {found.task.span(found.window)}", anchor="middle")
 
 
 def marks(axes: Axes, colour: str, ps: Sequence[tuple[float, float]]) -> str:
