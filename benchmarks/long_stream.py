@@ -2,9 +2,9 @@
 
     python benchmarks/long_stream.py [--folder FOLDER]
 
-Runs `run_parallel` on a GRU (32 inputs, 64 units, as torch makes it) over 1 and over 10 million steps, each in a process
-of its own, and writes results/long_stream.json: seconds, and how much the process's own memory (not the pages of the
-files, which the system may drop) grew at its peak. The files take 4 GB while it runs.
+Runs `run_parallel` on a GRU (32 inputs, 64 units, as torch makes it) over 1 and over 10 million steps, each in a
+process of its own. Records seconds, and how much the process's own memory (not the pages of the files, which the system
+may drop) grew at its peak, in results/long_stream.json. The files take 4 GB while it runs.
 """
 
 import argparse

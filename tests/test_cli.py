@@ -130,7 +130,16 @@ def test_data_check_fails_where_a_file_is_missing(tmp_path, capsys, monkeypatch)
 
 
 def verbs():
-    return [["compare"], ["train"], ["certify"], ["measure"], ["lookback"], ["data", "list"], ["data", "get"], ["data", "check"]]
+    return [
+        ["compare"],
+        ["train"],
+        ["certify"],
+        ["measure"],
+        ["lookback"],
+        ["data", "list"],
+        ["data", "get"],
+        ["data", "check"],
+    ]
 
 
 @pytest.mark.parametrize("verb", verbs(), ids=" ".join)

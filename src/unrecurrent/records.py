@@ -85,7 +85,9 @@ def _git(*words: str) -> str:
 
 def command_line() -> str:
     """Return the command that started this process, as one would type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    start = ["python", f"{program.parent.name}/{program.name}"] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
