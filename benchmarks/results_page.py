@@ -1,7 +1,8 @@
 """Write docs/results.md, and the table in the README, from the records in results/.
 
-    python benchmarks/results_page.py           # write
-    python benchmarks/results_page.py --check   # exit code 1 if a page is not what the records give
+    python benchmarks/results_page.py [--check]
+
+With --check nothing is written; the exit code is 1 if a page is not what the records give.
 """
 
 import sys
