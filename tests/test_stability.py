@@ -22,7 +22,7 @@ from unrecurrent.feasible import (
     needed_norm,
 )
 from unrecurrent.projections import clip_singular_values_, clip_top_, first_basis, project_rows_
-from unrecurrent.stability import Constraint, StableGRU, StableLSTM, StableRNN, stabilize
+from unrecurrent.stability import Constraint, StableGRU, StableLSTM, StableRNN, _BoxDrive, stabilize
 
 
 def large(module, factor=4.0):
@@ -121,6 +121,22 @@ def test_compiled_loop_agrees_with_its_reference(size, scale):
             hold_rows_(again, budget, norm)
             hold_rows_reference_(again, budget, norm)
             assert torch.equal(again, held)
+
+
+def test_compiled_drive_agrees_with_its_reference():
+    if kernels.library() is None:
+        pytest.skip("no C compiler")
+    torch.manual_seed(0)
+    room, drive = torch.randn(63), _BoxDrive(1.5)
+    given = [torch.randn(63, 5), torch.randn(63), torch.randn(63)]
+    compiled, plain = [t.clone() for t in given], [t.clone() for t in given]
+    drive.lower_(compiled[0], (compiled[1], compiled[2]), room)
+    drive.lower_reference_(plain[0], (plain[1], plain[2]), room)
+    for ours, reference, before in zip(compiled, plain, given, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
+        untouched = drive.highest(given[0]) + given[1] + given[2] <= room
+        assert torch.equal(ours[untouched], before[untouched])
+    assert (drive.highest(compiled[0]) + compiled[1] + compiled[2] <= room + 2e-5).all()
 
 
 def test_no_other_budget_can_be_kept_with_half_the_change():

@@ -13,6 +13,8 @@ a soft thresholding. docs/stability.md derives the coefficients κ.
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,19 +32,26 @@ SCALE_TOLERANCE = 1e-3
 NORM_SPREAD = 16.0
 
 
+@dataclass(frozen=True, eq=False)
 class TanhPieces:
-    """A tanh with values in [−end, end] in pieces: on each its largest slope `(P, 1)` and largest |value| `(P, 1)`.
+    """A tanh with values in [−end, end] in pieces: on each its largest slope `(P, 1)` and largest |value| `(P, 1)`."""
 
-    Where tanh is steep its value is small. The pieces are those of `certify`, where the range is the whole symmetric
-    one. A range that a bounded drive makes smaller is cut up elsewhere; `anywhere=True` covers all such cuts.
+    slope: Tensor
+    magnitude: Tensor
+
+
+@cache
+def tanh_pieces(end: float, dtype: torch.dtype, device: torch.device, anywhere: bool) -> TanhPieces:
+    """Pieces of a tanh: where it is steep its value is small, so that the two are bounded together.
+
+    The pieces are those of `certify`, where the range is the whole symmetric one. A range that a bounded drive makes
+    smaller is cut up elsewhere; `anywhere=True` covers all such cuts.
     """
-
-    def __init__(self, end: float, like: Tensor, anywhere: bool = False) -> None:
-        width = 2 * end / TANH_PIECES
-        count = TANH_PIECES if anywhere else TANH_PIECES // 2
-        low = torch.arange(count, dtype=like.dtype, device=like.device).unsqueeze(1) * (end / count)
-        reach = low + width + (end / count if anywhere else 0.0)
-        self.slope, self.magnitude = 1 - low * low, reach.clamp_max(end)
+    width = 2 * end / TANH_PIECES
+    count = TANH_PIECES if anywhere else TANH_PIECES // 2
+    low = torch.arange(count, dtype=dtype, device=device).unsqueeze(1) * (end / count)
+    reach = low + width + (end / count if anywhere else 0.0)
+    return TanhPieces(1 - low * low, reach.clamp_max(end))
 
 
 def _worst(coefficients: Tensor, sums: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,8 +83,8 @@ class RowBudget(ABC):
         self.rate = rate
         self.ceiling = like
         self.gate_scale = self.candidate_bound = torch.ones_like(like)
-        self.candidate = TanhPieces(1.0, like, self.anywhere)
-        self.squashed = TanhPieces(math.tanh(self.cell_bound), like, self.anywhere)
+        self.candidate = tanh_pieces(1.0, like.dtype, like.device, self.anywhere)
+        self.squashed = tanh_pieces(math.tanh(self.cell_bound), like.dtype, like.device, self.anywhere)
 
     @abstractmethod
     def cut(self, sums: Tensor, units: Tensor | slice) -> tuple[Tensor, Tensor]:

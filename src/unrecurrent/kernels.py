@@ -136,6 +136,18 @@ def hold_l1(weight: Tensor, weights: Tensor, limit: Tensor, rounding: float) -> 
         _mark_written(weight)
 
 
+def lower_drive(
+    weight: Tensor, biases: tuple[Tensor, Tensor], bound: float, room: Tensor, tolerance: float, rounds: int
+) -> None:
+    """Lower bound · Σ|weight[j]| + both biases to at most `room` `(J,)`, in place and with the smallest change."""
+    functions, ones, limits = library(), weight.new_ones(weight.shape[1]), _plain(room)
+    assert functions is not None
+    given = (_pointer(ones), ctypes.c_float(bound), _pointer(limits), *map(_pointer, biases))
+    if functions.lower_drive(_pointer(weight), *weight.shape, *given, ctypes.c_float(tolerance), rounds):
+        for tensor in (weight, *biases):
+            _mark_written(tensor)
+
+
 def hold_rows(
     weight: Tensor,
     *,

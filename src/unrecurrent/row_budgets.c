@@ -148,3 +148,25 @@ int hold_l1(const Layer *l, float *weight, int count, const float *v, const floa
 void row_sums(const float *weight, int count, int size, const float *v, float *out) {
     for (int j = 0; j < count; j++) out[j] = row_sum(weight + (int64_t)j * size, v, size);
 }
+
+/* Lower bound * sum |weight[j]| + first[j] + second[j] to room[j], in place: the nearest (row, first, second) at which it
+   holds. `ones` (size,) are the column weights. Returns the number of rows that were moved. */
+int lower_drive(float *weight, int count, int size, const float *ones, float bound, const float *room, float *first,
+                float *second, float tolerance, int rounds) {
+    int moved = 0;
+    for (int j = 0; j < count; j++) {
+        float *row = weight + (int64_t)j * size, active = size, excess = 0;
+        float sum = row_sum(row, ones, size);
+        for (int round = 0; round < rounds; round++) {
+            excess = bound * sum + first[j] + second[j] - room[j];
+            if (!(excess > tolerance)) break;
+            moved += round == 0;
+            float threshold = excess / (bound * bound * active + 2);
+            sum = shrink(row, ones, threshold * bound, size, &active);
+            first[j] -= threshold, second[j] -= threshold;
+        }
+        excess = bound * sum + first[j] + second[j] - room[j];
+        if (excess > tolerance) first[j] -= excess / 2, second[j] -= excess / 2;
+    }
+    return moved;
+}

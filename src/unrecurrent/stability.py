@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrecurrent import kernels
 from unrecurrent.cells import find_recurrent
 from unrecurrent.certificate import Certificate, certify
 from unrecurrent.errors import InputError
@@ -94,8 +95,8 @@ def _row_sums(weight: Tensor) -> Tensor:
     return weighted_row_sums(weight, weight.new_ones(weight.shape[1]))
 
 
-def _total(biases: tuple[Tensor, Tensor] | None) -> Tensor | float:
-    return biases[0] + biases[1] if biases is not None else 0.0
+def _total(biases: tuple[Tensor, Tensor] | None) -> Tensor:
+    return biases[0] + biases[1] if biases is not None else torch.zeros(())
 
 
 class _BoxDrive(_Drive):
@@ -117,16 +118,29 @@ class _BoxDrive(_Drive):
             if self.bound:
                 project_rows_(weight, room / self.bound)
             return
+        if kernels.takes(weight) and all(kernels.takes(bias) for bias in biases):
+            kernels.lower_drive(weight, biases, self.bound, room, DRIVE_TOLERANCE / 2, DRIVE_ROUNDS)
+        else:
+            self.lower_reference_(weight, biases, room)
+
+    def lower_reference_(self, weight: Tensor, biases: tuple[Tensor, Tensor], room: Tensor) -> None:
+        """`lower_` in PyTorch, on the units that need it."""
+        excess = self.highest(weight) + _total(biases) - room
+        units = (excess > 0).nonzero().squeeze(-1)
+        rows, excess = weight[units], excess[units]
+        shift = torch.zeros_like(excess)
         for _ in range(DRIVE_ROUNDS):
-            excess = (self.highest(weight) + _total(biases) - room).clamp_min(0)
-            threshold = excess / (self.bound**2 * (weight != 0).sum(1) + 2)
+            threshold = excess / (self.bound**2 * (rows != 0).sum(1) + 2)
             reach = (threshold * self.bound).unsqueeze(1)
-            weight -= weight.clamp(-reach, reach)
-            for bias in biases:
-                bias -= threshold
-        rest = (self.highest(weight) + _total(biases) - room).clamp_min(0)
+            rows = rows - rows.clamp(-reach, reach)
+            shift += threshold
+            excess = self.highest(rows) + _total(biases)[units] - 2 * shift - room[units]
+            if bool((excess <= DRIVE_TOLERANCE / 2).all()):
+                break
+            excess = excess.clamp_min(0)
+        weight[units] = rows
         for bias in biases:
-            bias -= rest / 2
+            bias[units] -= shift + excess.clamp_min(0) / 2
 
 
 class _TableDrive(_Drive):
@@ -260,7 +274,7 @@ class _Rows(_Policy):
         """Of the keeping gate the supremum of the drive, and the part that the state can add to it."""
         weight, biases = self._gate_parameters()
         rows = _row_sums(blocks_of(self.layer.weight_hh)[self.KEEPING_GATE]) * self.hidden_bound
-        return self.drive.highest(weight) + _total(biases), rows
+        return self.drive.highest(weight) + _total(biases).to(weight), rows
 
     def _budget(self) -> RowBudget:
         """The budgets at what the gate can reach now; in units that do not keep them, with its rows cut down before.
