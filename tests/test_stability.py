@@ -525,3 +525,77 @@ def test_bad_layers_are_refused():
 
 def test_constraint_is_what_stabilize_returns():
     assert isinstance(stabilize(rnn), Constraint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Found by a review: each was broken once
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_gate_that_is_all_but_shut_stays_finite(kind):
+    layer = kind(3, 8)
+    with torch.no_grad():
+        layer.bias_hh_l0[8:16] = -150.0
+    stabilize(layer, rate=0.9, input_bound=1.0)
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    assert certify(layer, input_bound=1.0).rate <= 0.9
+
+
+def test_weights_of_another_rate_are_refused():
+    layer = StableLSTM(3, 8, rate=0.9)
+    with pytest.raises(InputError, match="belong to a StableLSTM of a higher rate"):
+        layer.load_state_dict(StableLSTM(3, 8, rate=0.99).state_dict())
+
+
+def test_loaded_weights_are_projected_at_once():
+    layer = StableGRU(3, 8, rate=0.9)
+    state = {name: 20 * t if name.startswith("weight") else t for name, t in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    assert certify(layer, input_bound=1.0).rate <= 0.9
+
+
+def test_parametrized_layers_are_refused():
+    layer = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 8), "weight_hh_l0")
+    with pytest.raises(InputError, match="computed from others"):
+        stabilize(layer, rate=0.5, input_bound=1.0)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_constraint_follows_its_layer_to_another_dtype(kind):
+    layer = kind(3, 8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    stabilize(layer, rate=0.9, input_bound=1.0, optimizer=optimizer)
+    layer.double()
+    layer(torch.randn(5, 2, 3, dtype=torch.float64))[0].sum().backward()
+    optimizer.step()
+    assert certify(layer, input_bound=1.0).rate <= 0.92
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_stable_rnn_in_half_precision_takes_steps(dtype):
+    layer = StableRNN(3, 8, rate=0.9).to(dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.randn(5, 2, 3, dtype=dtype))[0].sum().backward()
+    optimizer.step()
+    assert layer.weight_hh_l0.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [StableRNN, StableGRU, StableLSTM])
+def test_functional_call_leaves_the_tensors_it_is_given(kind):
+    layer = kind(3, 8, rate=0.9)
+    given = {name: 5 * parameter.detach() for name, parameter in layer.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    torch.func.functional_call(layer, given, (torch.randn(5, 2, 3),))
+    assert all(torch.equal(given[name], before[name]) for name in before)
+
+
+def test_a_stable_rnn_stays_close_to_its_rate_between_steps():
+    layer = StableRNN(16, 64, rate=0.95)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3, fused=True)
+    for _ in range(40):
+        optimizer.zero_grad()
+        y, _ = layer(torch.randn(20, 4, 16))
+        (y - torch.randn_like(y)).square().mean().backward()
+        optimizer.step()
+        assert torch.linalg.matrix_norm(layer.weight_hh_l0.detach(), 2) < 1.0
+    assert torch.linalg.matrix_norm(layer.eval().weight_hh_l0.detach(), 2) <= 0.95

@@ -126,6 +126,12 @@ def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> None:
     what it misses is caught by a later call, or by `clip_singular_values_`. Where even the smallest value followed lies
     above `bound`, more than k of them do: all of W is then scaled down so that it does not.
     """
+    if weight.dtype in (torch.float16, torch.bfloat16):  # torch decomposes no matrices of these
+        wide, wide_basis = weight.float(), basis.float()
+        clip_top_(wide, bound, wide_basis)
+        weight.copy_(wide)
+        basis.copy_(wide_basis)
+        return
     moved = basis
     for _ in range(POWER_STEPS):
         moved = _orthonormal(weight.t() @ (weight @ moved))

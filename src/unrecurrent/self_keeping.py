@@ -89,8 +89,12 @@ class SelfKeeping(nn.Module):
         self.keep()
 
     def keep_before_use(self) -> None:
-        """`keep`, except while the forward pass is being traced: an exported program changes no weights."""
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        """`keep`, except while the forward pass is being traced, or runs on tensors in the place of its parameters.
+
+        An exported program changes no weights, and neither does `torch.func.functional_call` those it is given.
+        """
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not traced and all(isinstance(p, nn.Parameter) for p in self._parameters.values() if p is not None):
             self.keep()
 
     def project(self) -> None:
@@ -110,6 +114,14 @@ class SelfKeeping(nn.Module):
     def train(self, mode: bool = True) -> Self:
         self.settle()
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._check_loaded()
+        self.project()
+
+    def _check_loaded(self) -> None:
+        """Refuse a state that belongs to a layer of another rate."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.settle()

@@ -42,13 +42,14 @@ PAPER_ROWS = {"i": 0.36, "f": 0.128, "g": 0.09, "o": 0.36}
 PAPER_SPECTRAL_MARGIN = 0.01
 # Iterations for the norm of a layer that was trained without a constraint, and rounds for its drive.
 FIRST_FIT = 30
-# The singular values of an RNN are looked at after one optimizer step in so many.
-SPECTRAL_EVERY = 3
+# The smallest ceiling of a gate that is told from a gate that is shut.
+SHUT = 1e-30
 DRIVE_ROUNDS = 8
 # What the rows of the gate that keeps the state are taken to sum up to where they have to be cut down anyway, and the
 # rounding of its arguments.
 LIKELY_ROWS = 1.0
 DRIVE_TOLERANCE = 1e-5
+LOWEST_ARGUMENT = -20.0
 
 
 class _Layer:
@@ -175,10 +176,10 @@ class _TableDrive(_Drive):
 
 
 class _Policy(ABC):
-    """What is done to one layer: `hold` after optimizer step number `step`, `project` when all is computed afresh."""
+    """What is done to one layer: `hold` after each optimizer step, `project` when all is computed afresh."""
 
     @abstractmethod
-    def hold(self, step: int) -> None: ...
+    def hold(self) -> None: ...
 
     @abstractmethod
     def project(self) -> None: ...
@@ -192,15 +193,15 @@ class _Policy(ABC):
 
 
 class _Spectral(_Policy):
-    """‖W_hh‖₂ ≤ bound for a layer of an `nn.RNN`: exactly in `project`, nearly in every third `hold`."""
+    """‖W_hh‖₂ ≤ bound for a layer of an `nn.RNN`: exactly in `project`, nearly in every `hold`."""
 
     def __init__(self, layer: _Layer, bound: float, basis: Tensor | None = None) -> None:
         self.layer, self.bound = layer, bound
         self.basis = first_basis(layer.weight_hh) if basis is None else basis
 
-    def hold(self, step: int) -> None:
-        if step % SPECTRAL_EVERY == 0:
-            clip_top_(self.layer.weight_hh, self.bound, self.basis)
+    def hold(self) -> None:
+        self.basis = self.basis.to(self.layer.weight_hh)
+        clip_top_(self.layer.weight_hh, self.bound, self.basis)
 
     def project(self) -> None:
         clip_singular_values_(self.layer.weight_hh, self.bound)
@@ -215,7 +216,7 @@ class _MillerHardtLSTM(_Policy):
     def __init__(self, layer: _Layer, input_bound: Callable[[], float]) -> None:
         self.layer, self.input_bound, self.bound = layer, input_bound, input_bound()
 
-    def hold(self, step: int) -> None:
+    def hold(self) -> None:
         self._keep()
 
     @torch.no_grad()
@@ -276,29 +277,35 @@ class _Rows(_Policy):
         rows = _row_sums(blocks_of(self.layer.weight_hh)[self.KEEPING_GATE]) * self.hidden_bound
         return self.drive.highest(weight) + _total(biases).to(weight), rows
 
+    def _capped(self, argument: Tensor) -> Tensor:
+        """The gate at its highest argument, no higher than the cap and no lower than can be told from zero."""
+        return argument.clamp_min(LOWEST_ARGUMENT).sigmoid().clamp_max(self.cap)
+
     def _budget(self) -> RowBudget:
         """The budgets at what the gate can reach now; in units that do not keep them, with its rows cut down before.
 
         Without that, the rows of the gate itself, large as they come, would leave such a unit the least of budgets.
         """
         drive, rows = self._drive_and_rows()
-        budget = self._budget_at((drive + rows).sigmoid().clamp_max(self.cap))
+        budget = self._budget_at(self._capped(drive + rows))
         if not bool((rows > LIKELY_ROWS).any()):
             return budget
         sums = weighted_row_sums(blocks_of(self.layer.weight_hh), self.norm[-1])
         keeps = budget.gain(sums[list(budget.gates)]) <= self.norm[0]
-        lower = (drive + rows.clamp_max(LIKELY_ROWS)).sigmoid().clamp_max(self.cap)
+        lower = self._capped(drive + rows.clamp_max(LIKELY_ROWS))
         return self._budget_at(torch.where(keeps, budget.ceiling, lower))
 
-    def hold(self, step: int) -> None:
+    def hold(self) -> None:
         self._keep()
 
     @torch.no_grad()
     def _keep(self) -> None:
+        self.norm = self.norm.to(self.layer.weight_hh)
         budget = self._budget()
         hold_rows_(self.layer.weight_hh, budget, self.norm)
         drive, rows = self._drive_and_rows()
-        room = torch.logit(budget.ceiling) - rows
+        # A gate that is all but shut has a ceiling of 0 in float32, whose logit would be infinite.
+        room = torch.logit(budget.ceiling.clamp_min(SHUT)) - rows
         if bool((drive > room + DRIVE_TOLERANCE).any()):
             self.drive.lower_(*self._gate_parameters(), torch.where(drive > room, room, drive))
 
@@ -309,6 +316,7 @@ class _Rows(_Policy):
 
     @torch.no_grad()
     def adapt(self, iterations: int = 1) -> None:
+        self.norm = self.norm.to(self.layer.weight_hh)
         fit_norm_(self.layer.weight_hh, self._budget(), self.norm, iterations)
 
     def memory(self) -> Tensor:
@@ -390,7 +398,7 @@ class Constraint:
         for policy in self._policies:
             if self._steps % ADAPT_EVERY == 0:
                 policy.adapt()
-            policy.hold(self._steps)
+            policy.hold()
 
     def project(self) -> None:
         """Move the weights to nearby ones at which the constraint holds, drive ranges and norms computed afresh."""
@@ -537,6 +545,9 @@ def _given(table: Tensor | None) -> Tensor:
 
 def _layers(module: nn.Module) -> list[_Layer]:
     """The layers of a torch recurrent module, lowest first; one of its cells is its only layer."""
+    weights = [name for name in module._parameters if name.startswith("weight_hh")]
+    if not weights:
+        raise InputError("the weights of this layer are computed from others (a parametrization): remove that first")
     count = getattr(module, "num_layers", None)
     return [_Layer(module, "")] if count is None else [_Layer(module, f"_l{k}") for k in range(count)]
 
@@ -612,7 +623,7 @@ class _SelfKeepingLayer(SelfKeeping):
 
     def _hold(self) -> None:
         for policy in self._policies():
-            policy.hold(int(self.optimizer_steps))
+            policy.hold()
         self._kept_exactly = False
 
     def _adapt(self) -> None:
@@ -635,7 +646,7 @@ class _SelfKeepingLayer(SelfKeeping):
 class StableRNN(_SelfKeepingLayer, nn.RNN):
     """An `nn.RNN` that contracts at `rate` in the Euclidean norm whatever it reads: ‖W_hh‖₂ ≤ rate in every layer.
 
-    h ← tanh(U x + W h + b), or ReLU. After every third optimizer step the largest singular values of W are clipped; in
+    h ← tanh(U x + W h + b), or ReLU. After each optimizer step the few largest singular values of W are clipped; in
     `eval()` and `state_dict()` all of them, exactly. Arguments, shapes and errors are those of `nn.RNN`, and `rate`
     between 0 and 1. Source: docs/stability.md.
 

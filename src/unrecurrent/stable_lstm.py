@@ -268,6 +268,11 @@ class StableLSTM(SelfKeeping):
             rows.append((self.get_parameter(f"weight_hh_l{k}"), ScaledGate(target(self.rate), ceiling), norm))
         return rows
 
+    def _check_loaded(self) -> None:
+        for k in range(self.num_layers):
+            if float(self.get_buffer(f"forget_ceiling_l{k}").max()) >= self.rate:
+                raise InputError(f"these weights belong to a StableLSTM of a higher rate than {self.rate}: use theirs")
+
     def _project(self) -> None:
         for weight, budget, norm in self._rows():
             hold_rows_(weight, budget, norm)

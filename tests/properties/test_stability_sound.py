@@ -25,7 +25,7 @@ def drawn(module, seed, scale):
     return module
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(seed=seeds, kind=st.sampled_from(sorted(KINDS)), size=st.integers(1, 12), scale=scales, rate=rates)
 def test_stabilized_modules_are_certified_at_the_rate(seed, kind, size, scale, rate):
     module = drawn(KINDS[kind](3, size), seed, scale)
@@ -37,7 +37,7 @@ def test_stabilized_modules_are_certified_at_the_rate(seed, kind, size, scale, r
         torch.testing.assert_close(value, before[name], atol=1e-4 * scale, rtol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seed=seeds, size=st.integers(1, 12), scale=scales, rate=rates)
 def test_stable_lstms_contract_in_their_norm_on_any_input(seed, size, scale, rate):
     """1,000 pairs of states a case, steered towards the boundary of the invariant set, each read the same input."""
