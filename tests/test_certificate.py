@@ -610,3 +610,25 @@ def test_the_examples_of_the_documentation_run() -> None:
     failed, tried = doctest.testfile(str(page), module_relative=False)
     assert failed == 0
     assert tried > 10
+
+
+def test_the_papers_conditions_refuse_start_states_they_do_not_cover():
+    lstm = nn.LSTM(2, 4)
+    h0 = (torch.ones(1, 1, 4), 100 * torch.ones(1, 1, 4))
+    with pytest.raises(InputError, match=r"states within \[-1, 1\]"):
+        certify(lstm, input_bound=0.75, h0=h0, method="miller-hardt")
+
+
+def test_every_start_state_a_model_uses_is_covered():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(2, 3)
+
+        def forward(self, x):
+            self.gru(x)
+            return self.gru(x, torch.full((1, x.shape[1], 3), 5.0))
+
+    x = torch.randn(4, 1, 2)
+    certificate = certify(Twice(), inputs=x)
+    assert certificate.holds_for(x, torch.full((1, 1, 3), 5.0))

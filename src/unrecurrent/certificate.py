@@ -546,7 +546,7 @@ def certify(
     else:
         allowed = [_allowed(layer, inputs, input_bound, embedding) for _, layer in found]
     certificates = [
-        _certify_layer(layer, name, method, answer, what, what.start if h0 is None else h0)
+        _certify_layer(layer, name, method, answer, what, h0)
         for (name, layer), what in zip(found, allowed, strict=True)
     ]
     return certificates[0] if len(certificates) == 1 else _joint(certificates)
@@ -557,6 +557,10 @@ def _certify_layer(
 ) -> Certificate:
     layout = StateLayout.of(layer)
     start = None if h0 is None else _range(layout.flatten(h0))
+    if start is None and isinstance(allowed.start, Tensor):
+        start = _range(allowed.start)
+    if method == "miller-hardt" and start is not None and float(start.magnitude.max()) > 1:
+        raise InputError("the conditions of Miller and Hardt are about states within [-1, 1]: give such an h0")
     cell = build_cells(layer, allowed.inputs, start, see_ties=method != "miller-hardt")
     certificate = _certify_cell(cell, method, readout, _assumptions(layer, layout, allowed, start))
     bound = allowed.inputs.bound() if method == "miller-hardt" else math.inf
@@ -714,13 +718,15 @@ def _table(embedding: nn.Embedding | Tensor) -> Tensor:
 def _capture(model: nn.Module, found: Sequence[tuple[str, nn.Module]], inputs: Any) -> list[_Allowed]:
     """Run the model once in evaluation mode, and keep what reaches each recurrent layer."""
     seen: dict[str, list[Tensor]] = {name: [] for name, _ in found}
-    starts: dict[str, Any] = {}
+    starts: dict[str, list[Any]] = {name: [] for name, _ in found}
 
     def watch(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         x = x.data if isinstance(x, PackedSequence) else x
         seen[name].append(x.detach().reshape(-1, x.shape[-1]))
-        starts.setdefault(name, args[1] if len(args) > 1 else kwargs.get("hx"))
+        start = args[1] if len(args) > 1 else kwargs.get("hx")
+        if start is not None:
+            starts[name].append(start)
 
     hooks = [layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in found]
     training = {module: module.training for module in model.modules()}
@@ -733,13 +739,14 @@ def _capture(model: nn.Module, found: Sequence[tuple[str, nn.Module]], inputs: A
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return [_captured(layer, name, seen[name], starts.get(name)) for name, layer in found]
+    return [_captured(layer, name, seen[name], starts[name]) for name, layer in found]
 
 
-def _captured(layer: nn.Module, name: str, seen: list[Tensor], start: Any) -> _Allowed:
+def _captured(layer: nn.Module, name: str, seen: list[Tensor], starts: list[Any]) -> _Allowed:
     if not seen:
         raise InputError(f"running the model on the inputs never reached its recurrent layer {name!r}")
-    return replace(_data(layer, torch.cat(seen)), start=start)
+    states = [StateLayout.of(layer).flatten(start) for start in starts]
+    return replace(_data(layer, torch.cat(seen)), start=torch.cat(states) if states else None)
 
 
 def _range(states: Tensor) -> Interval:
