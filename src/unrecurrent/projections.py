@@ -13,7 +13,7 @@ ROUNDING = 4e-6
 # Newton rounds on one threshold; three or four are usual.
 MAX_ROUNDS = 100
 # Orthogonal iterations each time the largest singular values are looked for.
-POWER_STEPS = 2
+POWER_STEPS = 1
 
 
 def weighted_row_sums(weight: Tensor, weights: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> None:
     """Clip the singular values above `bound` among the few that `basis` `(H, k)` follows from call to call, in place.
 
-    Two steps of orthogonal iteration on WᵀW, a Rayleigh-Ritz step, and a correction of rank at most k: six passes over
+    One step of orthogonal iteration on WᵀW, a Rayleigh-Ritz step, and a correction of rank at most k: four passes over
     W instead of a decomposition. Between calls W moves little, so `basis` stays close to its largest singular vectors;
     what it misses is caught by a later call, or by `clip_singular_values_`. Where even the smallest value followed lies
     above `bound`, more than k of them do: all of W is then scaled down so that it does not.
