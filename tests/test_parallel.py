@@ -608,3 +608,36 @@ def test_on_a_cuda_device(kind):
     module, x = kind(3, 32).cuda(), torch.randn(5000, 1, 3, device="cuda")
     with torch.no_grad():
         assert_same(run_parallel(module, x)[:2], module(x), 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Found by a review: each was broken once
+
+
+def test_a_certificate_of_other_weights_is_refused():
+    layer = torch.nn.RNN(3, 8)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(0.5)
+    certificate = certify(layer)
+    x = torch.randn(300, 1, 3)
+    run_parallel(layer, x, chunks=4, warmup=30, certificate=certificate)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(1.5)
+    with pytest.raises(InputError, match="about other weights"):
+        run_parallel(layer, x, chunks=4, warmup=30, certificate=certificate)
+
+
+def test_unbatched_input_with_a_start_state_falls_back():
+    layer = torch.nn.LSTM(3, 8)
+    x, h0 = torch.randn(50, 3), (torch.randn(1, 8), torch.randn(1, 8))
+    y, state, evidence = run_parallel(layer, x, h0)
+    expected, expected_state = layer(x, h0)
+    assert evidence.mode == "sequential"
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True))
+
+
+@pytest.mark.parametrize("out", [torch.empty(300, 1, 8, dtype=torch.int32), [0.0]], ids=["integers", "a list"])
+def test_unusable_out_is_one_sentence(out):
+    with pytest.raises(InputError, match="out "):
+        run_parallel(torch.nn.RNN(3, 8), torch.randn(300, 1, 3), out=out)

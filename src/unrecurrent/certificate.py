@@ -7,6 +7,7 @@ Everything here follows from the error propagator T of a cell (`cells.py`, deriv
 * horizon k(ε): T^j applied to the largest error there can be stays at or below ε for every j ≥ k.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -384,6 +385,8 @@ class Certificate:
     cell: StackedCell | None = None
     layout: StateLayout | None = None
     input_bound: float = math.inf
+    fingerprint: str = ""
+    """A digest of the weights it is about; empty for a `Cell`."""
 
     def horizon(self, eps: float) -> int | None:
         """Number of past inputs after which older ones change the last hidden state by at most `eps`, or None.
@@ -399,6 +402,10 @@ class Certificate:
             return None
         horizons = [proof.horizon(float(eps), self.readout) for proof in self.proofs]
         return min((k for k in horizons if k is not None), default=None)
+
+    def is_about(self, module: nn.Module) -> bool:
+        """Whether the module's weights are the ones this was proved for (a `Cell` is taken at its word)."""
+        return not self.fingerprint or self.fingerprint == _fingerprint(module)
 
     def propagate(self, e: Tensor, steps: int = 1) -> Tensor:
         """Bound on the difference of two states `steps` steps after it was at most `e` (..., state_size).
@@ -571,7 +578,17 @@ def _certify_layer(
     cell = build_cells(layer, allowed.inputs, start, see_ties=method != "miller-hardt")
     certificate = _certify_cell(cell, method, readout, _assumptions(layer, layout, allowed, start))
     bound = allowed.inputs.bound() if method == "miller-hardt" else math.inf
-    return replace(certificate, name=name, layout=layout, input_bound=bound)
+    return replace(certificate, name=name, layout=layout, input_bound=bound, fingerprint=_fingerprint(layer))
+
+
+def _fingerprint(layer: nn.Module) -> str:
+    """A digest of a layer's weights and of what else its cell is made of."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*layer.named_parameters(), *layer.named_buffers()]):
+        if name.startswith(("weight", "bias", "forget_ceiling")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _certify_cell(cell: Cell, method: str, readout: Readout, assumptions: tuple[str, ...]) -> Certificate:

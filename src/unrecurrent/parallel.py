@@ -7,6 +7,7 @@ measured or proved. Where the check fails and cannot be mended cheaply, the user
 plain reference is `chunked_reference`; how it all works is told in docs/parallel.md.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -520,8 +521,9 @@ class _Check:
         certificate = self._certificate()
         if certificate is not None:
             self._prove(certificate)
-            if self.bound is not None and self.bound <= self.options.tol:
-                self.error = self.bound
+            proved = self._proved_error()
+            if proved <= self.options.tol:
+                self.error = proved
                 return
             self.note = "the proved bound exceeds tol: the gain was measured as well"
         gain = self._measured_gain()
@@ -531,6 +533,12 @@ class _Check:
             raise _GiveUp(f"the start state of this span is uncertain by {self.carry.mismatch:.1e}")
         if certificate is not None:
             self._prove(certificate)
+
+    def _proved_error(self) -> float:
+        """What is proved about the outputs and the final state together."""
+        if self.bound is None or self.end_error is None:
+            return math.inf
+        return max(self.bound, float(self.end_error.max()))
 
     def _agree(self, gain: _Gain | None) -> None:
         """Sweep the chunks whose error exceeds the tolerance until there are none (without a gain: their mismatch)."""
@@ -587,7 +595,8 @@ class _Check:
 
     def _prove(self, certificate: Certificate) -> None:
         error = self._boundary_error(certificate)
-        self.bound, self.end_error = _propagated(certificate, error, self.attempt.plan)
+        bound, self.end_error = _propagated(certificate, error, self.attempt.plan)
+        self.bound = bound if math.isfinite(bound) else None
 
     def _packed(self, state: State) -> Any:
         return state[0] if len(state) == 1 else state
@@ -641,6 +650,7 @@ class _Call(NamedTuple):
         unbatched = len(x.shape) == 2 and hasattr(module, "input_size")
         batch_first = bool(getattr(module, "batch_first", False)) and not unbatched
         _check_input(module, x, unbatched)
+        given = h0
         straight = x[:, None] if unbatched else x.swapaxes(0, 1) if batch_first else x
         if h0 is not None and unbatched:
             h0 = tuple(part[:, None] for part in h0) if isinstance(h0, tuple) else h0[:, None]
@@ -654,7 +664,9 @@ class _Call(NamedTuple):
         floor = 16 * torch.finfo(template[0].dtype).eps
         if not options.tol >= floor:
             raise InputError(f"tol={options.tol:g} is below 16 eps ({floor:.1e}): use a larger tol or float64")
-        return cls(module, x, h0, straight, state, plain, batch_first, unbatched)
+        if options.certificate is not None and not options.certificate.is_about(module):
+            raise InputError("the certificate is about other weights than the module's: certify it as it stands now")
+        return cls(module, x, given, straight, state, plain, batch_first, unbatched)
 
     def original_layout(self, y: Tensor) -> Tensor:
         return y.squeeze(1) if self.unbatched else y.transpose(0, 1) if self.batch_first else y
@@ -832,6 +844,11 @@ def _time_major(out: Any, call: _Call) -> Any:
         return None
     width = call.h0[0].shape[-1] * (2 if getattr(call.module, "bidirectional", False) else 1)
     wanted = (*call.original_x.shape[: 1 if call.unbatched else 2], width)
+    if not isinstance(out, Tensor | np.ndarray):
+        raise InputError(f"out must be a tensor or a NumPy array, not {type(out).__name__}")
+    dtype = torch.from_numpy(np.empty(0, out.dtype)).dtype if isinstance(out, np.ndarray) else out.dtype
+    if dtype != call.h0[0].dtype:
+        raise InputError(f"out is {dtype} but the module computes in {call.h0[0].dtype}: give an out of that type")
     if tuple(out.shape) != wanted:
         raise InputError(f"out has shape {tuple(out.shape)}, but the outputs have shape {wanted}")
     return out[:, None] if call.unbatched else out.swapaxes(0, 1) if call.batch_first else out

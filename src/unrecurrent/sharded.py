@@ -79,6 +79,8 @@ class _Shard:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
         self.whole, self.options = call, options
         steps = len(call.x)
+        if steps < self.ranks:
+            raise InputError(f"a sequence of {steps} steps cannot be shared by {self.ranks} ranks: start fewer")
         self.begin, self.end = (steps * rank // self.ranks for rank in (self.rank, self.rank + 1))
         self.call = call._replace(x=call.x[self.begin : self.end])
         if target is None:
