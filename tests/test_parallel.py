@@ -641,3 +641,21 @@ def test_unbatched_input_with_a_start_state_falls_back():
 def test_unusable_out_is_one_sentence(out):
     with pytest.raises(InputError, match="out "):
         run_parallel(torch.nn.RNN(3, 8), torch.randn(300, 1, 3), out=out)
+
+
+@pytest.mark.parametrize("chunks", ["auto", 16])
+def test_rounding_that_grows_in_a_rare_stretch_is_seen_on_all_outputs(chunks):
+    """The state forgets at once while the input saturates it; in one stretch of silence rounding grows to order 1."""
+    torch.manual_seed(1)
+    layer = nn.RNN(3, 32)
+    with torch.no_grad():
+        layer.weight_hh_l0.normal_(0, 4 / 32**0.5)
+        layer.weight_ih_l0.normal_()
+        layer.weight_ih_l0[:, 2] = 20 * layer.weight_ih_l0[:, 2].sign()
+    x = torch.randn(16_384, 1, 3) * 0.5
+    x[..., 2] = 1 + 0.1 * torch.randn(16_384, 1)
+    x[5000:5040, :, 2] = 0
+    with torch.no_grad():
+        y, _, evidence = run_parallel(layer, x, chunks=chunks, warmup=60, verify="outputs")
+        assert evidence.mode == "sequential"
+        assert torch.equal(y, layer(x)[0])
