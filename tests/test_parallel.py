@@ -659,3 +659,19 @@ def test_rounding_that_grows_in_a_rare_stretch_is_seen_on_all_outputs(chunks):
         y, _, evidence = run_parallel(layer, x, chunks=chunks, warmup=60, verify="outputs")
         assert evidence.mode == "sequential"
         assert torch.equal(y, layer(x)[0])
+
+
+def test_a_module_whose_state_does_not_carry_all_runs_by_itself():
+    class Position(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 8)
+
+        def forward(self, x, hx=None):
+            return self.gru(x + torch.arange(len(x)).view(-1, 1, 1) / 16, hx)
+
+    module, x = Position(), torch.randn(2_000, 1, 3)
+    with torch.no_grad():
+        y, _, evidence = run_parallel(module, x, chunks=8, warmup=50)
+        assert "does not carry" in evidence.fallback
+        assert torch.equal(y, module(x)[0])

@@ -37,6 +37,7 @@ _BLOCK = 32  # steps between two looks at the states; bounds the working memory
 _PILOT_BLOCK = 16
 _PILOT_ROWS = 16
 _GAIN_CHUNKS = 8
+_CARRY_STEPS = 32  # on which a user's module is tried
 _SHORTEST = 1024  # below this many steps a pilot costs more than the chunks can save
 _ATTEMPT_SHARE = 0.45  # of the sequential run: what may be spent before all boundaries agree
 _CHECKED_SHARE = 0.8  # what may be spent in all, once they do
@@ -372,6 +373,7 @@ class _Result(NamedTuple):
 def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry: "_Carry | None" = None) -> _Result:
     """One checked parallel run of x (T, B, ...) from h0; raises `_GiveUp` where the module must run step by step."""
     begun = time.perf_counter()
+    _check_state_carries_all(plain, x, h0, options.tol)
     engine = choose_engine(plain, x, _needs_gradient(plain.module, x, h0))
     with torch.no_grad():
         plan, ledger, rate = _decide(engine, plain, x, options)
@@ -399,6 +401,19 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry
     seconds = time.perf_counter() - begun
     evidence = replace(evidence, estimated_speedup=sequential_step(plain, x) * len(x) / seconds)
     return _Result(attempt.outputs(), attempt.final_state(), evidence, check.end_error)
+
+
+@torch.no_grad()
+def _check_state_carries_all(plain: ModuleEngine, x: Tensor, h0: State, tol: float) -> None:
+    """Try on a few steps that a user's module goes on from its state as if it had not been interrupted."""
+    if isinstance(plain.module, nn.RNNBase) or hasattr(plain.module, "cell_kind"):
+        return
+    head, half = x[:_CARRY_STEPS], min(len(x), _CARRY_STEPS) // 2
+    whole, _ = plain.advance(head, h0)
+    first, state = plain.advance(head[:half], h0) if half else (whole[:0], h0)
+    second, _ = plain.advance(head[half:], state)
+    if not float((torch.cat([first, second]) - whole).abs().max()) <= tol:
+        raise _GiveUp("the module's state does not carry all of its past")
 
 
 def _needs_gradient(module: nn.Module, x: Tensor, h0: State) -> bool:
