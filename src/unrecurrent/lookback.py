@@ -534,10 +534,13 @@ def _joint_band(profiles: Sequence[MemoryProfile], delta: float) -> tuple[int | 
 
 def _change(profile: MemoryProfile, reference: int, shorter: int) -> Change:
     """Return how much larger the loss is with the last `shorter` steps than with `reference`, in parts of the loss
-    with the larger of the two windows; a length beyond the measured ones stands for the whole past."""
+    with the larger of the two windows; a length between two measured ones is taken as the shorter of them, one
+    beyond all of them as the whole past."""
 
     def losses(k: int) -> np.ndarray:
-        return profile.losses[profile.ks.index(k)] if k in profile.ks else profile.full_losses
+        if k > profile.ks[-1]:
+            return profile.full_losses
+        return profile.losses[max(i for i, measured in enumerate(profile.ks) if measured <= k)]
 
     base, other, weights = losses(reference), losses(shorter), _resamples(profile)
     low, high = np.percentile((weights @ other) / (weights @ base) - 1, [2.5, 97.5])
