@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from unrecurrent import run_parallel
+from unrecurrent import onednn, run_parallel
 from unrecurrent.engines import forget_costs
 from unrecurrent.records import make_record, read_records, write_records
 
@@ -135,8 +135,8 @@ def matmul_rate() -> float:
 
 def onednn_rate() -> float:
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    packed = torch.ops.mkldnn._reorder_linear_weight(b, None)
-    run = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")  # noqa: E731
+    packed = onednn.packed(b)
+    run = lambda: onednn.product(a, packed)  # noqa: E731
     return 2 * 1024**3 / min(undisturbed(run) for _ in range(3)) / 1e9
 
 

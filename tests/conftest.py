@@ -68,3 +68,11 @@ def tiny_stream() -> Task:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def story(tmp_path) -> Path:
+    """A small text file."""
+    path = tmp_path / "story.txt"
+    path.write_text("a fox met a crow. " * 80, encoding="utf-8")
+    return path

@@ -6,23 +6,8 @@ import sys
 
 import pytest
 
+from command import run
 from unrecurrent import cli
-
-
-def run(capsys, monkeypatch, *words):
-    """Run a command in this process; return exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["unrecurrent", *map(str, words)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    captured = capsys.readouterr()
-    return left.value.code or 0, captured.out, captured.err
-
-
-@pytest.fixture
-def story(tmp_path):
-    path = tmp_path / "story.txt"
-    path.write_text("a fox met a crow. " * 80, encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unrecurrent import cli, lookback, worker
+from command import run
+from unrecurrent import lookback, worker
 from unrecurrent.errors import InputError
 from unrecurrent.knee import Trained, judge
 from unrecurrent.lookback import lengths_measured, look_back, series_of, tcn_shape
@@ -150,14 +150,6 @@ def test_what_cannot_be_looked_back_on_is_one_sentence(delayed):
     ]:
         with pytest.raises(InputError, match=said):
             call()
-
-
-def run(capsys, monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["unrecurrent", *map(str, words)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    captured = capsys.readouterr()
-    return left.value.code or 0, captured.out, captured.err
 
 
 def test_the_command_prints_table_and_answer_or_json_and_reuses_its_trainings(delayed, tmp_path, capsys, monkeypatch):

@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from unrecurrent import cli
+from command import run
 from unrecurrent.checkpoint import save_model
 from unrecurrent.errors import InputError
 from unrecurrent.measuring import load_arrays, measure_file
@@ -29,13 +28,6 @@ def save(folder, name, interface, task):
 
 
 @pytest.fixture
-def story(tmp_path):
-    path = tmp_path / "story.txt"
-    path.write_text("a fox met a crow. " * 80, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def reader(tmp_path, story):
     symbols = len(set("a fox met a crow. ")) + 1
     return save(tmp_path / "reader", "gru", Interface(symbols, None, symbols), f"text:{story}")
@@ -44,14 +36,6 @@ def reader(tmp_path, story):
 @pytest.fixture
 def regressor(tmp_path):
     return save(tmp_path / "regressor", "lstm", Interface(None, 2, 3), "series")
-
-
-def run(capsys, monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["unrecurrent", *map(str, words)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    captured = capsys.readouterr()
-    return left.value.code or 0, captured.out, captured.err
 
 
 def test_checkpoint_is_measured_on_its_own_task(reader, tmp_path, capsys, monkeypatch):

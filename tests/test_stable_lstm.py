@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import unrecurrent.stable_lstm as module
+from unrecurrent import onednn
 from unrecurrent.certificate import certify
 from unrecurrent.errors import InputError
 from unrecurrent.stable_lstm import StableLSTM, _Recurrence, reference
@@ -42,7 +42,7 @@ def test_fast_path_agrees_with_reference(dims, dtype, tolerance):
 
 
 def test_fast_path_without_onednn_and_without_bias(monkeypatch):
-    monkeypatch.setattr(module, "_has_onednn", lambda x: False)
+    monkeypatch.setattr(onednn, "has_onednn", lambda x: False)
     given = list(arguments(63, 3, 7, 5))
     given[3] = None
     for fast, plain in zip(results(_Recurrence.apply, given), results(reference, given), strict=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ RESAMPLES = 1_000
 COVERAGE = 0.95
 
 
+@lru_cache(maxsize=4)
 def resampling_weights(count: int) -> np.ndarray:
-    """Return the weights (resamples, count) of a bootstrap of `count` samples, the same at each call."""
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+    """Return the weights (resamples, count) of a bootstrap of `count` samples: read-only, the same at each call."""
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+    weights.flags.writeable = False
+    return weights
 
 
 def band_of_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

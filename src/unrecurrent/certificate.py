@@ -7,7 +7,6 @@ Everything here follows from the error propagator T of a cell (`cells.py`, deriv
 * horizon k(ε): T^j applied to the largest error there can be stays at or below ε for every j ≥ k.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +39,7 @@ from unrecurrent.cells import (
     is_recurrent,
     spectral_norm,
 )
+from unrecurrent.digests import tensor_digest
 from unrecurrent.errors import InputError
 
 METHODS = ("best", "componentwise", "spectral", "miller-hardt")
@@ -583,12 +583,9 @@ def _certify_layer(
 
 def _fingerprint(layer: nn.Module) -> str:
     """A digest of a layer's weights and of what else its cell is made of."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*layer.named_parameters(), *layer.named_buffers()]):
-        if name.startswith(("weight", "bias", "forget_ceiling")):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    weights = [*layer.named_parameters(), *layer.named_buffers()]
+    counted = (item for item in weights if item[0].startswith(("weight", "bias", "forget_ceiling")))
+    return tensor_digest((name, tensor.double()) for name, tensor in sorted(counted, key=lambda item: item[0]))
 
 
 def _certify_cell(cell: Cell, method: str, readout: Readout, assumptions: tuple[str, ...]) -> Certificate:

@@ -1,17 +1,16 @@
 """Checkpoints: named tensors and a JSON text in one safetensors file, whole or not there, checked when read."""
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unrecurrent.digests import tensor_digest
 from unrecurrent.errors import InputError
 from unrecurrent.files import replacing, write_text
 from unrecurrent.models import Interface, SequenceModel, build_model
@@ -19,20 +18,11 @@ from unrecurrent.models import Interface, SequenceModel, build_model
 CONFIG, WEIGHTS, TRAINING = "config.json", "model.safetensors", "training.safetensors"
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and a JSON-safe mapping to one file with a checksum over both."""
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(about)
-    metadata = {"about": text, "sha256": _checksum(whole, text)}
+    metadata = {"about": text, "sha256": tensor_digest(sorted(whole.items()), text)}
     with replacing(path) as temporary:
         try:
             save_file(whole, temporary, metadata=metadata)
@@ -55,7 +45,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, struct.error, ValueError) as error:
         raise _damaged(path) from error
-    if metadata.get("sha256") != _checksum(tensors, metadata.get("about", "")):
+    if metadata.get("sha256") != tensor_digest(sorted(tensors.items()), metadata.get("about", "")):
         raise _damaged(path)
     return tensors, json.loads(metadata["about"])
 

@@ -3,7 +3,7 @@
 import errno
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from unrecurrent.files import make_folder
 
 if TYPE_CHECKING:
     from unrecurrent.certificate import Certificate
+    from unrecurrent.comparison import Comparison
     from unrecurrent.data import DataFile
 
 app = typer.Typer(
@@ -32,6 +33,9 @@ DataDir = Annotated[
     Path | None,
     typer.Option(help="Folder of the data sets (default: the environment variable UNRECURRENT_DATA)."),
 ]
+Runs = Annotated[Path, typer.Option(help="Where trainings are kept: run again to resume or reuse.")]
+ReportPath = Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")]
+RecordsPath = Annotated[Path | None, typer.Option(help="Write the rows as a JSON list of records here.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
 
 
@@ -71,19 +75,17 @@ def compare(
     parameters: Annotated[int | None, typer.Option(help="Trainable parameters of every model.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
     trials: Annotated[int, typer.Option(help="Draws of the settings to tune over (0: the recorded ones).")] = 0,
-    runs: Annotated[Path, typer.Option(help="Where trainings are kept: run again to resume or reuse.")] = Path("runs"),
-    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
-    records: Annotated[Path | None, typer.Option(help="Write the rows as a JSON list of records here.")] = None,
+    runs: Runs = Path("runs"),
+    report: ReportPath = None,
+    records: RecordsPath = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Which model does this task need? Trains them at equal budget; table, verdict, report."""
     from unrecurrent.comparison import compare as run_comparison
-    from unrecurrent.records import command_line, write_records
+    from unrecurrent.records import command_line
 
-    for path in (report, records):
-        if path is not None:
-            make_folder(path.parent)
+    _make_folders(report, records)
     comparison = run_comparison(
         task,
         models.split(",") if models else None,
@@ -95,24 +97,38 @@ def compare(
         folder=runs,
         command=command_line(),
     )
+    _deliver(comparison, report, records, as_json, _show)
+
+
+def _make_folders(*paths: Path | None) -> None:
+    """Make the folders of files to be written before hours of training, not after."""
+    for path in paths:
+        if path is not None:
+            make_folder(path.parent)
+
+
+def _deliver(found: Any, report: Path | None, records: Path | None, as_json: bool, show: Callable[[Any], None]) -> None:
+    """Write what was asked for of a `Comparison` or a `Lookback`, and print it."""
+    from unrecurrent.records import write_records
+
     if records:
-        write_records(records, comparison.records)
+        write_records(records, found.records)
     if report:
-        comparison.save_report(report)
+        found.save_report(report)
     if as_json:
-        _print_json(comparison.to_dict())
+        _print_json(found.to_dict())
         return
-    _show(comparison.to_dict())
+    show(found)
     if report:
         print(f"\nReport: {report}")
 
 
-def _show(comparison: dict[str, Any]) -> None:
+def _show(found: "Comparison") -> None:
     from rich.console import Console
 
     from unrecurrent.report import terminal_table
 
-    console = Console()
+    comparison, console = found.to_dict(), Console()
     console.print(terminal_table(comparison))
     console.print(f"\nDoes {comparison['task']} need a recurrent model?", style="bold")
     console.print(comparison["verdict"]["text"])
@@ -180,7 +196,7 @@ def measure(
     exponents: Annotated[str, typer.Option(help="How many Lyapunov exponents, or all.")] = "16",
     steps: Annotated[int, typer.Option(help="Over how many steps they are averaged.", min=1)] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
+    report: ReportPath = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -285,16 +301,17 @@ def lookback(
     model: Annotated[str, typer.Option(help="The recurrent forecaster: lstm, gru or rnn.")] = "lstm",
     seeds: Annotated[int, typer.Option(help="Independent trainings of each model.")] = 3,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training part.")] = None,
-    runs: Annotated[Path, typer.Option(help="Where trainings are kept: run again to resume or reuse.")] = Path("runs"),
-    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
-    records: Annotated[Path | None, typer.Option(help="Write the rows as a JSON list of records here.")] = None,
+    runs: Runs = Path("runs"),
+    report: ReportPath = None,
+    records: RecordsPath = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """How long a window does this series need? Trains, measures, recommends, and checks the recommendation."""
     from unrecurrent.lookback import look_back, series_of
-    from unrecurrent.records import command_line, write_records
+    from unrecurrent.records import command_line
 
+    _make_folders(report, records)
     named = tuple(covariates.split(",")) if covariates else ()
     options = {"horizon": horizon, "covariates": named, "id_column": id_column, "time": time, "longest": longest}
     found = look_back(
@@ -307,17 +324,7 @@ def lookback(
         folder=runs,
         command=command_line(),
     )
-    if records:
-        write_records(records, found.records)
-    if report:
-        found.save_report(report)
-    if as_json:
-        _print_json(found.to_dict())
-        return
-    print(found.table)
-    print(found.text)
-    if report:
-        print(f"\nReport: {report}")
+    _deliver(found, report, records, as_json, lambda shown: print(shown.table, shown.text, sep="\n"))
 
 
 @data_app.command("list", epilog="Example: unrecurrent data list")

@@ -18,7 +18,7 @@ from unrecurrent.batches import scoring_columns
 from unrecurrent.certificate import Certificate
 from unrecurrent.checkpoint import load_model
 from unrecurrent.errors import InputError
-from unrecurrent.jobs import job_folder, run_jobs
+from unrecurrent.jobs import job_folder, refuse_diverged, run_jobs
 from unrecurrent.memory import MemoryProfile, measure_memory
 from unrecurrent.models import SequenceModel, Settings, find_model_class, match_parameters
 from unrecurrent.models.recurrent import RecurrentModel
@@ -266,16 +266,13 @@ class _Session:
         """Return the results of every contender, one a seed."""
         pairs = list(zip(contenders, recipes, strict=True))
         results = self._run([(c, r, seed) for c, r in pairs for seed in range(seeds)])
-        for result in results:
-            if "diverged" in result:
-                raise InputError(result["diverged"])
+        refuse_diverged(results)
         return [results[i * seeds : (i + 1) * seeds] for i in range(len(pairs))]
 
     def _run(self, runs: Sequence[tuple[Contender, Recipe, int]], note: str = "") -> list[dict[str, Any]]:
         jobs = [self._job(contender, recipe, seed) for contender, recipe, seed in runs]
         labels = [f"{note}{contender.label}, seed {seed}" for contender, _, seed in runs]
-        results = run_jobs(jobs, labels, quiet=not self.progress)
-        return [{**result, "folder": job.folder} for job, result in zip(jobs, results, strict=True)]
+        return run_jobs(jobs, labels, quiet=not self.progress)
 
     def _job(self, contender: Contender, recipe: Recipe, seed: int) -> Job:
         training = replace(recipe.training, seed=seed, patience=None)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from unrecurrent import onednn
 from unrecurrent.errors import InputError
 
 State = tuple[Tensor, ...]
@@ -131,17 +132,20 @@ class _Product:
         self.weight, self.bias = weight, bias
         self.packed = _pack_weight(weight)
 
-    def _pays(self, rows: int) -> bool:
-        return self.packed is not None and rows * self.weight.numel() > _ONEDNN_PAYS
+    def _worth_packing(self, rows: int) -> Tensor | None:
+        """The packed weight, where a product of that many rows is the faster for it."""
+        return self.packed if rows * self.weight.numel() > _ONEDNN_PAYS else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._pays(x.numel() // x.shape[-1]):
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        packed = self._worth_packing(x.numel() // x.shape[-1])
+        if packed is not None:
+            return onednn.product(x, packed, self.bias)
         return nn.functional.linear(x, self.weight, self.bias)
 
     def added_to(self, drive: Tensor, h: Tensor) -> Tensor:
-        if self._pays(len(h)):
-            return torch.ops.mkldnn._linear_pointwise.binary(h, drive, self.packed, None, "add")
+        packed = self._worth_packing(len(h))
+        if packed is not None:
+            return onednn.product_plus(h, packed, drive)
         return torch.addmm(drive, h, self.weight.t())
 
 
@@ -166,13 +170,9 @@ def _layer_weights(module: nn.RNNBase, index: int, is_gru: bool) -> _Layer:
 
 
 def _pack_weight(weight: Tensor) -> Tensor | None:
-    if not _onednn_available() or weight.dtype != torch.float32 or weight.numel() < 4096:
+    if not onednn.has_onednn(weight) or weight.numel() < 4096:
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-
-
-def _onednn_available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return onednn.packed(weight.contiguous())
 
 
 def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engine:

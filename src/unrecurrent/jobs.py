@@ -59,7 +59,7 @@ def run_jobs(jobs: Sequence[Job], labels: Sequence[str], *, quiet: bool = False)
     """Run jobs in as many processes as there are cores; return their results in order.
 
     A job whose result is on disk already is not run again; one that was interrupted resumes. A training that diverged
-    has a result with the key `diverged` only.
+    has a result with the key `diverged` and its message; any other says in `folder` where its checkpoint lies.
 
     Raises:
         InputError: a job failed; the message is the job's own, and the others are stopped.
@@ -78,6 +78,13 @@ def run_jobs(jobs: Sequence[Job], labels: Sequence[str], *, quiet: bool = False)
         except BaseException:
             processes.stop()
             raise
+
+
+def refuse_diverged(results: Sequence[dict[str, Any]]) -> None:
+    """Raise the `InputError` of the first training that diverged, if one did."""
+    for result in results:
+        if "diverged" in result:
+            raise InputError(result["diverged"])
 
 
 def _run(job: Job, update: Update, processes: _Processes) -> dict[str, Any]:

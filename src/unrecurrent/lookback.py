@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from unrecurrent.bands import resampling_weights
 from unrecurrent.checkpoint import load_model
 from unrecurrent.errors import InputError
-from unrecurrent.jobs import job_folder, run_jobs
+from unrecurrent.jobs import job_folder, refuse_diverged, run_jobs
 from unrecurrent.knee import Knee, Trained, judge_all
 from unrecurrent.memory import MemoryProfile, measure_memory
 from unrecurrent.models import Settings, build_model, find_model_class
@@ -38,8 +39,6 @@ from unrecurrent.worker import Job
 DELTA = 0.01
 #: a forecaster worse than another by this fraction has not learnt all that the past tells
 WORSE = 0.05
-#: resamples behind the bands of what is lost and gained
-RESAMPLES = 1_000
 #: hidden units; small, so that a series trains in seconds
 HIDDEN = {"window": 64, "tcn": 32}
 HIDDEN_RECURRENT = 64
@@ -412,14 +411,11 @@ class _Session:
             settings = {**recipe.settings, **settings}
             reach = build_model(name, interface, settings).receptive_field
             models.append((Trained(name, settings, reach, ()), recipe))
-        jobs = [(m, self._job(m, recipe, seed), seed) for m, recipe in models for seed in range(self.seeds)]
-        labels = [f"{m.label}, seed {seed}" for m, _, seed in jobs]
-        results = run_jobs([job for _, job, _ in jobs], labels, quiet=not self.progress)
-        for result in results:
-            if "diverged" in result:
-                raise InputError(result["diverged"])
-        kept = [{**r, "folder": job.folder} for r, (_, job, _) in zip(results, jobs, strict=True)]
-        return [replace(m, results=kept[i * self.seeds : (i + 1) * self.seeds]) for i, (m, _) in enumerate(models)]
+        runs = [(m, recipe, seed) for m, recipe in models for seed in range(self.seeds)]
+        labels = [f"{m.label}, seed {seed}" for m, _, seed in runs]
+        results = run_jobs([self._job(*run) for run in runs], labels, quiet=not self.progress)
+        refuse_diverged(results)
+        return [replace(m, results=results[i * self.seeds : (i + 1) * self.seeds]) for i, (m, _) in enumerate(models)]
 
     def _job(self, model: Trained, recipe: Recipe, seed: int) -> Job:
         patience = max(5, recipe.training.epochs // 3)
@@ -509,7 +505,7 @@ def shortest_window(profile: MemoryProfile, delta: float) -> int | None:
     >>> shortest_window(profile, 0.005), profile.k(0.005)
     (2, None)
     """
-    weights = _resamples(profile)
+    weights = resampling_weights(len(profile.full_losses))
     samples = (weights @ profile.losses.T) / (weights @ profile.full_losses)[:, None] - 1
     excess = profile.losses.mean(axis=1) / profile.full - 1 - samples.std(axis=0)
     found = None
@@ -518,12 +514,6 @@ def shortest_window(profile: MemoryProfile, delta: float) -> int | None:
             break
         found = k
     return found
-
-
-def _resamples(profile: MemoryProfile) -> np.ndarray:
-    """Return the weights `(resamples, positions)` of a bootstrap of the positions, the same at each call."""
-    count = len(profile.full_losses)
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
 
 
 def _joint_band(profiles: Sequence[MemoryProfile], delta: float) -> tuple[int | None, int | None]:
@@ -542,6 +532,6 @@ def _change(profile: MemoryProfile, reference: int, shorter: int) -> Change:
             return profile.full_losses
         return profile.losses[max(i for i, measured in enumerate(profile.ks) if measured <= k)]
 
-    base, other, weights = losses(reference), losses(shorter), _resamples(profile)
+    base, other, weights = losses(reference), losses(shorter), resampling_weights(len(profile.full_losses))
     low, high = np.percentile((weights @ other) / (weights @ base) - 1, [2.5, 97.5])
     return Change(float(other.mean() / base.mean() - 1), float(low), float(high))

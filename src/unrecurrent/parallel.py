@@ -373,7 +373,6 @@ class _Result(NamedTuple):
 def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry: "_Carry | None" = None) -> _Result:
     """One checked parallel run of x (T, B, ...) from h0; raises `_GiveUp` where the module must run step by step."""
     begun = time.perf_counter()
-    _check_state_carries_all(plain, x, h0, options.tol)
     engine = choose_engine(plain, x, _needs_gradient(plain.module, x, h0))
     with torch.no_grad():
         plan, ledger, rate = _decide(engine, plain, x, options)
@@ -404,11 +403,11 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry
 
 
 @torch.no_grad()
-def _check_state_carries_all(plain: ModuleEngine, x: Tensor, h0: State, tol: float) -> None:
-    """Try on a few steps that a user's module goes on from its state as if it had not been interrupted."""
+def _check_state_carries_all(plain: ModuleEngine, head: Tensor, h0: State, tol: float) -> None:
+    """Try on the first few steps that a user's module goes on from its state as if it had not been interrupted."""
     if isinstance(plain.module, nn.RNNBase) or hasattr(plain.module, "cell_kind"):
         return
-    head, half = x[:_CARRY_STEPS], min(len(x), _CARRY_STEPS) // 2
+    half = len(head) // 2
     whole, _ = plain.advance(head, h0)
     first, state = plain.advance(head[:half], h0) if half else (whole[:0], h0)
     second, _ = plain.advance(head[half:], state)
@@ -858,6 +857,7 @@ def _run_spans(call: _Call, options: _Options, target: Any = None) -> _Result:
     steps = len(call.x)
     span = steps if target is None and isinstance(call.x, Tensor) else _span_steps(call)
     state, carry, pieces, evidences = call.h0, _Carry(), [], []
+    _check_state_carries_all(call.plain, _finite(_tensor(call.x[:_CARRY_STEPS])), state, options.tol)
     for begin in range(0, steps, span):
         with torch.set_grad_enabled(torch.is_grad_enabled() and target is None):
             result = _attempt(call.plain, _finite(_tensor(call.x[begin : begin + span])), state, options, carry)

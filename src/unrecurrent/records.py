@@ -20,22 +20,6 @@ Record = dict[str, Any]
 
 #: keys every record has, in this order; a key that does not apply is `None`
 KEYS = ("task", "model", "variant", "k", "metric", "split", "mean", "std", "seeds")
-#: keys a record has where they apply
-OPTIONAL_KEYS = (
-    "baseline",
-    "hidden_size",
-    "params",
-    "epochs",
-    "minutes",
-    "train_tokens_per_s",
-    "score_tokens_per_s",
-    "generate_steps_per_s",
-    "peak_memory_mib",
-    "k_star",
-    "certified_rate",
-    "certified_horizon",
-    "local_rate",
-)
 
 
 def make_record(*, command: str, **measured: Any) -> Record:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from unrecurrent import onednn
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import ScaledGate, fit_norm_, hold_rows_
 from unrecurrent.self_keeping import SelfKeeping, check_rate, target
@@ -38,42 +39,29 @@ def reference(
     return torch.stack(outputs), c
 
 
-def _has_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies this tensor; on many processors it is twice as fast as the default BLAS."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
 class _Product:
     """x ↦ x Wᵀ for one W and many x, W laid out once for the multiplication routine."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
-        self.onednn = _has_onednn(weight)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.onednn else weight.t()
+        self.packed = onednn.has_onednn(weight)
+        self.weight = onednn.packed(weight, rows) if self.packed else weight.t()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.onednn:
-            result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-            return result
+        if self.packed:
+            return onednn.product(x, self.weight)
         return x @ self.weight
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """x Wᵀ + other."""
-        if self.onednn:
-            result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, None, "add")
-            return result
+        if self.packed:
+            return onednn.product_plus(x, self.weight, other)
         return torch.addmm(other, x, self.weight)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ, once."""
-    if _has_onednn(weight):
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        return result
+    if onednn.has_onednn(weight):
+        return onednn.product(x, weight)
     return x @ weight.t()
 
 

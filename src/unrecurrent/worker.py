@@ -57,14 +57,13 @@ class Job:
 def run_job(job: Job) -> dict[str, Any]:
     """Train (or resume) the job and return its result; one that another process finished meanwhile is read."""
     with _alone(Path(job.folder)):
-        if job.result_path.exists():
-            return read_result(job)
-        try:
-            result = _train(job)
-        except Diverged as error:
-            result = {"diverged": str(error)}
-        write_text(job.result_path, json.dumps(result))
-        return result
+        if not job.result_path.exists():
+            try:
+                result = _train(job)
+            except Diverged as error:
+                result = {"diverged": str(error)}
+            write_text(job.result_path, json.dumps(result))
+    return read_result(job)
 
 
 @contextmanager
@@ -76,14 +75,14 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def read_result(job: Job) -> dict[str, Any]:
-    """Return the result of a finished job."""
+    """Return the result of a finished job, and in `folder` where it lies."""
     try:
         result = json.loads(job.result_path.read_text(encoding="utf-8"))
         if "diverged" not in result and not set(result) >= RESULT_KEYS:
             raise ValueError("missing keys")
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{job.result_path} is damaged: delete the folder to train again") from error
-    return result
+    return {**result, "folder": job.folder}
 
 
 def _train(job: Job) -> dict[str, Any]:

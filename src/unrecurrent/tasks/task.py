@@ -1,6 +1,5 @@
 """What a benchmark task is: sequences to predict, how they are scored, and where the data come from."""
 
-import hashlib
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -9,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
+from unrecurrent.digests import tensor_digest
 from unrecurrent.errors import InputError
 
 Split = Literal["train", "valid", "test"]
@@ -81,13 +80,8 @@ class Task(ABC):
 
     def digest(self) -> str:
         """Return a SHA-256 over all splits: what was trained on other data is not the same training."""
-        sha = hashlib.sha256()
-        for split in SPLITS:
-            for example in self.load(split):
-                for tensor in example:
-                    sha.update(f"{split}{tensor.dtype}{tuple(tensor.shape)}".encode())
-                    sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
+        examples = ((split, example) for split in SPLITS for example in self.load(split))
+        return tensor_digest((split, tensor) for split, example in examples for tensor in example)
 
 
 def shifted(sequence: Tensor) -> Example:
