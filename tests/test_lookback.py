@@ -107,6 +107,14 @@ def test_the_knee_follows_from_the_losses(half, at, double, place):
     assert ("larger with 4 and" in knee.text) == (half[0] > at[0])
 
 
+@pytest.mark.parametrize("seeds", [(1, 1, 1), (3, 3, 1), (1, 3, 3)])
+def test_one_seed_proves_no_knee(seeds):
+    half, at, double = ([loss] * count for loss, count in zip((1.5, 1.0, 1.0), seeds, strict=True))
+    knee = judge(trained("window", 4, half), trained("window", 8, at), trained("window", 16, double), 0.01)
+    assert knee.place == "cannot tell"
+    assert knee.text.endswith("cannot be told from one seed (three or more show the spread).")
+
+
 def test_a_window_of_one_step_has_no_half():
     knee = judge(None, trained("tcn", 1, [1.0, 1.0]), trained("tcn", 3, [1.0, 1.0]), 0.01)
     assert (knee.lost_at_half, knee.place) == (None, "where predicted")

@@ -66,17 +66,23 @@ def judge(half: Trained | None, at: Trained, double: Trained, delta: float) -> K
     """Return where the knee of a kind of feed-forward model lies, from its test losses at three windows."""
     gained, gained_error = _relative(at, double)
     lost, lost_error = _relative(half, at) if half else (math.inf, 0.0)
-    place = place_of(lost, lost_error, gained, gained_error, delta)
+    seeds = min(len(model.results) for model in (half or at, at, double))
+    # One seed shows no spread, and a difference without its error proves nothing.
+    place: Place = place_of(lost, lost_error, gained, gained_error, delta) if seeds > 1 else "cannot tell"
     changes = [f"{_changed(half, at)} with {half.reach}"] if half else []
     changes.append(f"{_changed(double, at)} with {double.reach}")
     finding = {
         "where predicted": "the knee is where it was predicted",
         "earlier": "its knee is earlier than predicted",
         "later": "its knee is later than predicted",
-        "cannot tell": f"whether the knee is there cannot be told with {len(at.results)} seeds",
+        "cannot tell": f"whether the knee is there cannot be told {_from(seeds)}",
     }[place]
     text = f"Check with {at.name}, test part, against {at.reach} steps: {' and '.join(changes)}; {finding}."
     return Knee(at.name, lost if half else None, gained, place, text)
+
+
+def _from(seeds: int) -> str:
+    return f"with {seeds} seeds" if seeds > 1 else "from one seed (three or more show the spread)"
 
 
 def _changed(model: Trained, reference: Trained) -> str:

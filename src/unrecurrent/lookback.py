@@ -47,14 +47,14 @@ RULES = (
     "The forecasters trained first can see all {longest} steps that are considered; the one with the smaller mean"
     " validation loss is measured.",
     "The window k* is the smallest k from which on the loss on the validation part, when each prediction sees only the"
-    " last k steps, exceeds the loss with the whole past by no more than {delta:.0%} and one standard error of that"
+    " last k steps, exceeds the loss with the whole past by no more than {delta} and one standard error of that"
     " difference (bootstrap over positions; an estimate). Lengths measured: all up to 8, then four an octave.",
-    "The band holds the bootstrap bands (over validation positions) of the smallest k that costs at most {delta:.0%},"
+    "The band holds the bootstrap bands (over validation positions) of the smallest k that costs at most {delta},"
     " of every training and of their mean.",
     "Check: `window` (a multi-layer perceptron) and `tcn` are trained from scratch with k*/2, k* and 2 k* and"
-    " compared on the test part. The knee is later than predicted where 2 k* gains more than {delta:.0%}; where"
-    " predicted if not, and k*/2 loses more than {delta:.0%}; earlier where k*/2 loses less; each by two standard"
-    " errors over the seeds, else it cannot be told.",
+    " compared on the test part. The knee is later than predicted where 2 k* gains more than {delta}; where"
+    " predicted if not, and k*/2 loses more than {delta}; earlier where k*/2 loses less; each by two standard"
+    " errors over the seeds, else (and with one seed) it cannot be told.",
 )
 
 
@@ -138,13 +138,13 @@ class Lookback:
         name, low, high = self.measured.label, *self.band
         if self.window is None:
             return (
-                f"The {name} still loses more than {self.delta:.0%} when it sees only the last {self.task.longest}"
-                " steps: consider longer windows, or keep the recurrence."
+                f"The {name} still loses more than {_percent(self.delta)} when it sees only the last"
+                f" {self.task.longest} steps: consider longer windows, or keep the recurrence."
             )
         top = f"{high}" if high is not None else f"more than {self.task.longest}"
         return (
             f"Band of that estimate: {low if low is not None else self.task.longest} to {top} steps; the {name}"
-            f" loses less than {self.delta:.0%} when it sees nothing older."
+            f" loses at most {_percent(self.delta)} and one standard error when it sees nothing older."
         )
 
     def _beside(self) -> str:
@@ -184,7 +184,7 @@ class Lookback:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        return tuple(rule.format(longest=self.task.longest, delta=self.delta) for rule in RULES)
+        return tuple(rule.format(longest=self.task.longest, delta=_percent(self.delta)) for rule in RULES)
 
     @property
     def records(self) -> list[Record]:
@@ -491,6 +491,10 @@ def _pooled(profiles: Sequence[MemoryProfile]) -> MemoryProfile:
         losses=np.mean([profile.losses for profile in profiles], axis=0),
         full_losses=np.mean([profile.full_losses for profile in profiles], axis=0),
     )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.4g}%"
 
 
 def shortest_window(profile: MemoryProfile, delta: float) -> int | None:
