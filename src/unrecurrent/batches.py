@@ -92,7 +92,12 @@ def stream_batches(example: Example, columns: int, piece: int, *, whole: bool) -
     for start in range(0, height, piece):
         part = slice(start, start + piece)
         mask = None if bool(counts[:, part].all()) else counts[:, part]
-        yield Batch(inputs[:, part], targets[:, part], mask, fresh=start == 0)
+        yield Batch(_wide(inputs[:, part]), _wide(targets[:, part]), mask, fresh=start == 0)
+
+
+def _wide(part: Tensor) -> Tensor:
+    """Return symbols as the 64-bit numbers that losses want; large streams are kept in 32 bits."""
+    return part if part.is_floating_point() else part.long()
 
 
 def _fold(sequence: Tensor, columns: int, height: int) -> tuple[Tensor, Tensor]:

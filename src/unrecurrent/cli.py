@@ -175,7 +175,7 @@ def train(
     with progress_bars() as bars:
         trained = run.run(updater(bars, bars.add_task(contender.label, total=1.0, start=False, info="")))
     metric = found.metric
-    scores = {s: metric.scale * evaluate(trained, found, found.load(s)) for s in ("valid", "test")}
+    scores = {s: metric.of(evaluate(trained, found, found.load(s))) for s in ("valid", "test")}
     if as_json:
         _print_json({"checkpoint": str(out), "metric": metric.name, "unit": metric.unit, **scores})
     else:

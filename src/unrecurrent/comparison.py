@@ -26,7 +26,7 @@ from unrecurrent.recipes import Recipe, default_models, default_parameters, find
 from unrecurrent.records import Record, make_record
 from unrecurrent.search import draw_recipes
 from unrecurrent.speed import Speed, measure_speed
-from unrecurrent.tasks import SPLITS, Example, Task, get_task
+from unrecurrent.tasks import SPLITS, Example, Metric, Task, get_task
 from unrecurrent.training import task_interface
 from unrecurrent.verdict import Candidate, Verdict, decide
 from unrecurrent.worker import Job
@@ -138,7 +138,7 @@ class Comparison:
             "commit": rows[0]["commit"] if rows else "",
             "versions": {"unrecurrent": version("unrecurrent"), "torch": torch.__version__},
             "rows": rows,
-            "training": {e.contender.label: [_training(r, metric.scale) for r in e.results] for e in entries},
+            "training": {e.contender.label: [_training(r, metric) for r in e.results] for e in entries},
             "memory": {e.contender.label: e.memory.to_dict(DELTA) for e in entries},
             "configuration": {e.contender.label: _configuration(e) for e in entries},
             "budget": dict(self.budget),
@@ -214,7 +214,7 @@ def compare(
         recipes = session.tuned(contenders, trials) if trials else session.recorded(contenders)
         entries = session.measured(contenders, recipes, session.trained(contenders, recipes, seeds), positions)
     metric = {"direction": found.metric.direction, "unit": found.metric.unit}
-    verdict = decide([_candidate(e, found.metric.scale) for e in entries], metric, found.step_noun)
+    verdict = decide([_candidate(e, found.metric) for e in entries], metric, found.step_noun)
     shown = command or _python_call(task, contenders, seeds, parameters, epochs, trials)
     return Comparison(found, tuple(entries), verdict, shown, _budget(session, recipes, entries, seeds, trials))
 
@@ -333,16 +333,16 @@ def memory_data(task: Task) -> list[Example]:
     return cut
 
 
-def _scores(entry: Entry, split: str, scale: float) -> list[float]:
-    return [result[f"{split}_loss"] * scale for result in entry.results]
+def _scores(entry: Entry, split: str, metric: Metric) -> list[float]:
+    return [metric.of(result[f"{split}_loss"]) for result in entry.results]
 
 
-def _candidate(entry: Entry, scale: float) -> Candidate:
+def _candidate(entry: Entry, metric: Metric) -> Candidate:
     return Candidate(
         entry.contender.label,
         entry.contender.recurrent,
-        _scores(entry, "valid", scale),
-        _scores(entry, "test", scale),
+        _scores(entry, "valid", metric),
+        _scores(entry, "test", metric),
         entry.receptive_field,
         entry.memory.k(DELTA),
         entry.speed.score,
@@ -350,7 +350,7 @@ def _candidate(entry: Entry, scale: float) -> Candidate:
 
 
 def _record(entry: Entry, task: Task, command: str) -> Record:
-    scores = _scores(entry, "test", task.metric.scale)
+    scores = _scores(entry, "test", task.metric)
     overrides = {key: value for key, value in entry.contender.overrides.items() if key != "k"}
     return make_record(
         command=command,
@@ -389,10 +389,8 @@ def _proved(certificate: Certificate | None) -> dict[str, Any]:
     return {"certified_rate": certificate.rate, "certified_horizon": certificate.horizon(HORIZON_EPS)}
 
 
-def _training(result: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    epochs = [
-        {**e, "train_loss": e["train_loss"] * scale, "valid_loss": e["valid_loss"] * scale} for e in result["history"]
-    ]
+def _training(result: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
+    epochs = [{**e, **{name: metric.of(e[name]) for name in ("train_loss", "valid_loss")}} for e in result["history"]]
     return {"seed": result["seed"], "epochs": epochs}
 
 

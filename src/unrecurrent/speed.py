@@ -10,8 +10,17 @@ import torch
 
 from unrecurrent.batches import Batch
 from unrecurrent.models import SequenceModel
+from unrecurrent.softmax import WordSampler
 from unrecurrent.tasks.task import Task
-from unrecurrent.training import TrainingConfig, losses, make_optimizer, scored_batches, training_batches
+from unrecurrent.training import (
+    TrainingConfig,
+    make_optimizer,
+    scored_batches,
+    training_batches,
+    training_loss,
+    word_sampler,
+)
+from unrecurrent.training import score as score_batch
 
 ROUNDS = 7
 GENERATED_STEPS = 32
@@ -35,7 +44,10 @@ def measure_speed(
     """
     train = _typical(list(training_batches(task, task.load("train"), training)))
     score = _typical(list(scored_batches(task, task.load("valid"))))
-    timers = {name: _timers(copy.deepcopy(model), task, train, score) for name, model in models.items()}
+    sampler = word_sampler(task, task.load("train"), training)
+    timers = {
+        name: _timers(copy.deepcopy(model), task, train, score, training, sampler) for name, model in models.items()
+    }
     seconds: dict[str, list[list[float]]] = {name: [[], [], []] for name in models}
     for turn in range(rounds + 1):
         for name, calls in timers.items():
@@ -62,7 +74,14 @@ def _timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _timers(model: SequenceModel, task: Task, train: Batch, score: Batch) -> tuple[Callable[[], None], ...]:
+def _timers(
+    model: SequenceModel,
+    task: Task,
+    train: Batch,
+    score: Batch,
+    training: TrainingConfig,
+    sampler: WordSampler | None,
+) -> tuple[Callable[[], None], ...]:
     """Return what is timed: one training step, one scoring pass, a few steps of generation."""
     train, score = train.to(model.device), score.to(model.device)
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-12))
@@ -70,14 +89,15 @@ def _timers(model: SequenceModel, task: Task, train: Batch, score: Batch) -> tup
     def train_step() -> None:
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        losses(task, model(train.inputs), train).mean().backward()
+        loss, _ = training_loss(model, task, train, model.init_cache(len(train.inputs)), training, sampler)
+        loss.backward()
         optimizer.step()
         model.project()
 
     @torch.no_grad()
     def score_pass() -> None:
         model.eval()
-        losses(task, model(score.inputs), score)
+        score_batch(model, task, score, model.init_cache(len(score.inputs)))
 
     @torch.no_grad()
     def generate() -> None:

@@ -16,12 +16,16 @@ from unrecurrent.batches import Batch, scoring_columns, sequence_batches, stream
 from unrecurrent.checkpoint import TRAINING, load_tensors, save_model, save_tensors
 from unrecurrent.errors import Diverged, InputError
 from unrecurrent.files import make_folder, write_text
-from unrecurrent.models import Interface, SequenceModel, Settings, build_model, parameter_count
+from unrecurrent.models import Cache, Interface, SequenceModel, Settings, build_model, parameter_count
+from unrecurrent.softmax import WordSampler, linear_cross_entropy, linear_losses
 from unrecurrent.tasks.task import Example, Split, Task
 
 LOG = "log.jsonl"
 #: steps of a stream scored at once
 SCORING_PIECE = 256
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,9 @@ class TrainingConfig:
     steps (truncated back-propagation through time with carried state), `clip_norm` the largest gradient norm,
     `patience` the epochs without a better validation loss after which training stops (`None`: never).
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
-    each epoch that is no better).
+    each epoch that is no better). Two fields concern predictions over a large vocabulary: `softmax`, the type its
+    products are made in while training (`float32`, `bfloat16`), and `sampled_words`, how many words normalise them in
+    a training step (0: all). What a trained model scores is always exact and in float32.
     """
 
     epochs: int = 20
@@ -45,15 +51,20 @@ class TrainingConfig:
     batch_size: int = 16
     piece: int = 64
     patience: int | None = None
+    sampled_words: int = 0
+    softmax: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("constant", "cosine", "plateau"))):
+        choices = (("optimizer", ("adamw", "sgd")), ("schedule", ("constant", "cosine", "plateau")))
+        for name, known in (*choices, ("softmax", tuple(_DTYPES))):
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         for name in ("epochs", "learning_rate", "batch_size", "piece", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.sampled_words < 0:
+            raise InputError(f"sampled_words must be at least 0, not {self.sampled_words}")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience must be at least 1, not {self.patience}")
 
@@ -113,9 +124,59 @@ def losses(task: Task, outputs: Tensor, batch: Batch) -> Tensor:
     return loss[batch.mask] if batch.mask is not None else loss.flatten()
 
 
+def counted(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hidden features `(N, H)` and the targets `(N,)` of the steps that count."""
+    if batch.mask is not None:
+        return hidden[batch.mask], batch.targets[batch.mask]
+    return hidden.flatten(0, 1), batch.targets.flatten()
+
+
 @torch.no_grad()
-def evaluate(model: SequenceModel, task: Task, examples: Sequence[Example]) -> float:
-    """Return the mean loss in nats a predicted step, in evaluation mode."""
+def score(
+    model: SequenceModel, task: Task, batch: Batch, cache: Cache, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Cache]:
+    """Return the loss of each step that counts, as one flat tensor, and the next cache."""
+    if not task.large_vocabulary:
+        outputs, cache = model.advance(batch.inputs, cache)
+        return losses(task, outputs, batch), cache
+    hidden, cache = model.advance_hidden(batch.inputs, cache)
+    hidden, targets = counted(batch, hidden)
+    return linear_losses(hidden, model.readout.weight, model.readout.bias, targets, dtype), cache
+
+
+def training_loss(
+    model: SequenceModel,
+    task: Task,
+    batch: Batch,
+    cache: Cache,
+    config: TrainingConfig,
+    sampler: WordSampler | None = None,
+) -> tuple[Tensor, Cache]:
+    """Return the mean loss of the steps that count, to be differentiated, and the next cache."""
+    if not task.large_vocabulary:
+        outputs, cache = model.advance(batch.inputs, cache)
+        return losses(task, outputs, batch).mean(), cache
+    hidden, cache = model.advance_hidden(batch.inputs, cache)
+    hidden, targets = counted(batch, hidden)
+    sample = sampler.draw().to(hidden.device) if sampler else None
+    readout, dtype = model.readout, _DTYPES[config.softmax]
+    return linear_cross_entropy(hidden, readout.weight, readout.bias, targets, sample, dtype), cache
+
+
+def word_sampler(task: Task, examples: Sequence[Example], config: TrainingConfig) -> WordSampler | None:
+    """Return what draws the words that normalise a training step (`None`: all of them do)."""
+    if not (task.large_vocabulary and config.sampled_words):
+        return None
+    counts = sum(torch.bincount(targets, minlength=task.outputs) for _, targets in examples)
+    assert isinstance(counts, Tensor)
+    return WordSampler(counts, config.sampled_words)
+
+
+@torch.no_grad()
+def evaluate(
+    model: SequenceModel, task: Task, examples: Sequence[Example], dtype: torch.dtype = torch.float32
+) -> float:
+    """Return the mean loss in nats a predicted step, in evaluation mode; `dtype` is that of a large softmax."""
     training = model.training
     model.eval()
     total, steps, cache = 0.0, 0, None
@@ -123,8 +184,8 @@ def evaluate(model: SequenceModel, task: Task, examples: Sequence[Example]) -> f
         batch = batch.to(model.device)
         if batch.fresh or cache is None:
             cache = model.init_cache(batch.inputs.shape[0])
-        outputs, cache = model.advance(batch.inputs, cache)
-        total += float(losses(task, outputs, batch).double().sum())
+        found, cache = score(model, task, batch, cache, dtype)
+        total += float(found.double().sum())
         steps += batch.steps
     model.train(training)
     return total / steps
@@ -193,6 +254,7 @@ class TrainingRun:
         self.optimizer = make_optimizer(self.model, self.config)
         self.best = _copied(self.model.state_dict())
         self.examples: dict[Split, Sequence[Example]] = {s: self.task.load(s) for s in ("train", "valid")}
+        self.sampler = word_sampler(self.task, self.examples["train"], self.config)
         self.batches_per_epoch = sum(1 for _ in self._epoch_batches(0))
         if self.folder is not None:
             make_folder(self.folder)
@@ -226,8 +288,7 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        outputs, cache = self.model.advance(batch.inputs, self.cache)
-        loss = losses(self.task, outputs, batch).mean()
+        loss, cache = training_loss(self.model, self.task, batch, self.cache, self.config, self.sampler)
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(
@@ -251,7 +312,8 @@ class TrainingRun:
 
     def _end_epoch(self, report: Report | None) -> None:
         progress = self.progress
-        valid = evaluate(self.model, self.task, self.examples["valid"])
+        self.model.settle()
+        valid = evaluate(self.model, self.task, self.examples["valid"], _DTYPES[self.config.softmax])
         if valid < progress.best_loss:
             progress.best_loss, progress.best_epoch, progress.worse_epochs = valid, progress.epoch + 1, 0
             self.best = _copied(self.model.state_dict())

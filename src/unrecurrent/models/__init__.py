@@ -35,14 +35,18 @@ _WHERE = {
     "stable-lstm": ("stable", "StableLSTM"),
     "certified-rnn": ("certified", "CertifiedRNN"),
     "certified-lstm": ("certified", "CertifiedLSTM"),
+    "certified-lstm-plain": ("stabilized", "PlainLSTM"),
+    "certified-lstm-coupled": ("stabilized", "CoupledLSTM"),
     "certified-gru": ("certified", "CertifiedGRU"),
+    "mingru": ("mingru", "MinGRU"),
     "window": ("window", "Window"),
     "tcn": ("tcn", "TCN"),
     "gated-conv": ("gated_conv", "GatedConv"),
 }
 
-SIZES = {"hidden_size", "layers", "kernel_size", "k", "embedding_size"}
+SIZES = {"hidden_size", "layers", "kernel_size", "k", "embedding_size", "input_kernel"}
 SHARES = {"dropout", "input_dropout", "rate"}
+FLAGS = {"tied"}
 #: widths are found by building models, so that the count must fit in memory a few times over
 MOST_PARAMETERS = 100_000_000
 
@@ -96,8 +100,11 @@ def _check_setting(name: str, key: str, value: object) -> None:
         raise InputError(f"{key} of {name!r} must be a whole number of at least 1, not {value!r}")
     if key in SHARES and not (isinstance(value, int | float) and number and 0 <= value < 1):
         raise InputError(f"{key} of {name!r} must be a number from 0 up to but not including 1, not {value!r}")
-    if key not in SIZES | SHARES:
-        raise InputError(f"the model {name!r} has no setting {key!r}: settings are {', '.join(sorted(SIZES | SHARES))}")
+    if key in FLAGS and not isinstance(value, bool):
+        raise InputError(f"{key} of {name!r} must be true or false, not {value!r}")
+    known = SIZES | SHARES | FLAGS
+    if key not in known:
+        raise InputError(f"the model {name!r} has no setting {key!r}: settings are {', '.join(sorted(known))}")
 
 
 def match_parameters(

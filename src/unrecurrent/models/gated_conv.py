@@ -22,9 +22,10 @@ class GatedConv(SequenceModel):
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         embedding_size: int = 64,
+        tied: bool = False,
     ):
         width = encoded_size(interface, embedding_size)
-        super().__init__(interface, width, hidden_size, 0.0, input_dropout)
+        super().__init__(interface, width, hidden_size, 0.0, input_dropout, tied)
         self.convolutions = nn.ModuleList(
             CausalConv1d(width if i == 0 else hidden_size, 2 * hidden_size, kernel_size) for i in range(layers)
         )

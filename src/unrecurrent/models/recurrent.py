@@ -3,16 +3,37 @@
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unrecurrent.certificate import Certificate, certify
+from unrecurrent.models.causal_conv import CausalConv1d
 from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
 
 
+class GatedInputs(nn.Module):
+    """`x + glu(K ∗ x)`: a short causal convolution that shows each input together with the ones before it."""
+
+    def __init__(self, width: int, kernel_size: int):
+        super().__init__()
+        self.convolution = CausalConv1d(width, 2 * width, kernel_size, normed=False)
+
+    def forward(self, x: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+        """Read `(B, T, D)` after `queue`; return `(B, T, D)` and the next queue."""
+        gated, queue = self.convolution(x.transpose(1, 2), queue)
+        return x + F.glu(gated, 1).transpose(1, 2), queue
+
+
 class RecurrentModel(SequenceModel):
-    """Encoder, a stack of torch recurrent layers, linear readout."""
+    """Encoder, a stack of torch recurrent layers, linear readout.
+
+    With `input_kernel` above 1 the layers read their inputs through a gated causal convolution of that size, so that
+    the recurrence is not asked to do what a few past inputs can.
+    """
 
     recurrent = True
     layer_class: ClassVar[type[nn.Module]]
+    #: how many tensors the state of the layers is
+    state_parts: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -22,10 +43,13 @@ class RecurrentModel(SequenceModel):
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         embedding_size: int = 64,
+        tied: bool = False,
+        input_kernel: int = 1,
     ):
         width = encoded_size(interface, embedding_size)
-        super().__init__(interface, width, hidden_size, dropout, input_dropout)
+        super().__init__(interface, width, hidden_size, dropout, input_dropout, tied)
         self.hidden_size, self.layers = hidden_size, layers
+        self.front = GatedInputs(width, input_kernel) if input_kernel > 1 else None
         between = dropout if layers > 1 else 0.0
         self.recurrence = self.layer_class(
             width, hidden_size, layers, batch_first=True, dropout=between, **self.layer_options()
@@ -36,19 +60,25 @@ class RecurrentModel(SequenceModel):
         return {}
 
     def init_cache(self, batch: int) -> Cache:
-        return (self.readout.weight.new_zeros(self.layers, batch, self.hidden_size),)
+        zero = self.readout.weight.new_zeros(self.layers, batch, self.hidden_size)
+        queues = () if self.front is None else (self.front.convolution.queue(batch),)
+        return (zero,) * self.state_parts + queues
 
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        hidden, state = self.recurrence(encoded, cache[0])
-        return hidden, (state,)
+        state, queues = cache[: self.state_parts], cache[self.state_parts :]
+        if self.front is not None:
+            encoded, queue = self.front(encoded, queues[0])
+            queues = (queue,)
+        hidden, after = self.recurrence(encoded, state if self.state_parts > 1 else state[0])
+        return hidden, (*(after if self.state_parts > 1 else (after,)), *queues)
 
     def certificate(self, **inputs_covered: Any) -> Certificate:
         """Return what can be proved about the recurrence in evaluation mode.
 
-        A model of symbols is certified for its embedding table, which is every input there is; for features say
-        which inputs to cover as for `certify` (`inputs=`, `input_bound=`, or nothing for all).
+        A model of symbols is certified for its embedding table, which is every input there is; for features, or behind
+        a convolution, say which inputs to cover as for `certify` (`inputs=`, `input_bound=`, or nothing for all).
         """
-        if self.embedding is not None:
+        if self.embedding is not None and self.front is None:
             inputs_covered = {**inputs_covered, "embedding": self.embedding}
         return certify(self.recurrence, **inputs_covered)
 
@@ -69,11 +99,4 @@ class LSTM(RecurrentModel):
     """The long short-term memory in torch's form."""
 
     layer_class: ClassVar[type[nn.Module]] = nn.LSTM
-
-    def init_cache(self, batch: int) -> Cache:
-        (zero,) = super().init_cache(batch)
-        return zero, zero
-
-    def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        hidden, state = self.recurrence(encoded, cache)
-        return hidden, state
+    state_parts = 2

@@ -5,6 +5,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unrecurrent.errors import InputError
+
 Cache = tuple[Tensor, ...]
 
 
@@ -28,7 +30,15 @@ class SequenceModel(nn.Module):
     recurrent: ClassVar[bool] = False
     receptive_field: int | None = None
 
-    def __init__(self, interface: Interface, encoded: int, hidden: int, dropout: float, input_dropout: float):
+    def __init__(
+        self,
+        interface: Interface,
+        encoded: int,
+        hidden: int,
+        dropout: float,
+        input_dropout: float,
+        tied: bool = False,
+    ):
         super().__init__()
         self.interface = interface
         if interface.vocabulary is not None:
@@ -38,7 +48,18 @@ class SequenceModel(nn.Module):
             self.embedding = None
         self.input_dropout = nn.Dropout(input_dropout)
         self.output_dropout = nn.Dropout(dropout)
-        self.readout = nn.Linear(hidden, interface.outputs)
+        narrowed = tied and hidden != encoded
+        self.narrow: nn.Module = nn.Linear(hidden, encoded, bias=False) if narrowed else nn.Identity()
+        self.readout = nn.Linear(encoded if tied else hidden, interface.outputs)
+        if tied:
+            self._tie()
+
+    def _tie(self) -> None:
+        """Read words out by the table they are read in by (Press and Wolf 2017, arXiv:1608.05859)."""
+        if self.embedding is None or self.interface.outputs != self.interface.vocabulary:
+            raise InputError("tied needs a task that reads and predicts the same symbols: leave it out")
+        self.readout.weight = self.embedding.weight
+        nn.init.zeros_(self.readout.bias)
 
     @property
     def device(self) -> torch.device:
@@ -52,11 +73,16 @@ class SequenceModel(nn.Module):
         """Read encoded inputs `(B, T, E)` from `cache`; return hidden features `(B, T, H)` and the next cache."""
         raise NotImplementedError
 
-    def advance(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """Read `T` more inputs from `cache`; return the `T` outputs and the next cache."""
+    def advance_hidden(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Read `T` more inputs from `cache`; return what `readout` reads, `(B, T, H)`, and the next cache."""
         encoded = inputs if self.embedding is None else self.embedding(inputs)
         hidden, cache = self.advance_body(self.input_dropout(encoded), cache)
-        return self.readout(self.output_dropout(hidden)), cache
+        return self.output_dropout(self.narrow(hidden)), cache
+
+    def advance(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Read `T` more inputs from `cache`; return the `T` outputs and the next cache."""
+        hidden, cache = self.advance_hidden(inputs, cache)
+        return self.readout(hidden), cache
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs `(B, T, outputs)` for whole sequences `(B, T)` or `(B, T, D)`."""
@@ -66,6 +92,9 @@ class SequenceModel(nn.Module):
         """Return the output `(B, outputs)` for one more input `(B,)` or `(B, D)`, and the next cache."""
         outputs, cache = self.advance(inputs.unsqueeze(1), cache)
         return outputs.squeeze(1), cache
+
+    def settle(self) -> None:
+        """Make true what `project` holds only roughly, before weights are scored and kept; most models do nothing."""
 
     def project(self) -> None:
         """Return to the constraint set after an optimizer step; models without a constraint do nothing."""

@@ -34,9 +34,10 @@ class TCN(SequenceModel):
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         embedding_size: int = 64,
+        tied: bool = False,
     ):
         width = encoded_size(interface, embedding_size)
-        super().__init__(interface, width, hidden_size, 0.0, input_dropout)
+        super().__init__(interface, width, hidden_size, 0.0, input_dropout, tied)
         self.blocks = nn.ModuleList(
             ResidualBlock(width if i == 0 else hidden_size, hidden_size, kernel_size, 2**i, dropout)
             for i in range(layers)

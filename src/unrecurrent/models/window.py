@@ -21,9 +21,10 @@ class Window(SequenceModel):
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         embedding_size: int = 64,
+        tied: bool = False,
     ):
         width = encoded_size(interface, embedding_size)
-        super().__init__(interface, width, hidden_size, 0.0, input_dropout)
+        super().__init__(interface, width, hidden_size, 0.0, input_dropout, tied)
         self.window = CausalConv1d(width, hidden_size, k, normed=False)
         self.layers = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(layers - 1))
         self.dropout = nn.Dropout(dropout)

@@ -13,6 +13,7 @@ from unrecurrent.tasks.series import PREFIX as _SERIES
 from unrecurrent.tasks.series import SeriesFile
 from unrecurrent.tasks.task import SPLITS, Example, Metric, Source, Split, Task
 from unrecurrent.tasks.text import TextTask
+from unrecurrent.tasks.words import PTB, BillionWord, WikiText2, WikiText103
 
 __all__ = ["SPLITS", "Example", "Metric", "Source", "Split", "Task", "get_task", "task_names"]
 
@@ -21,6 +22,10 @@ _TASKS: dict[str, Callable[[Path | None], Task]] = {
     "chorales": lambda data_dir: Chorales(),
     "jsb": jsb_chorales,
     "ptb-char": PTBChar,
+    "ptb": PTB,
+    "wikitext-2": WikiText2,
+    "wikitext-103": WikiText103,
+    "billion-word": BillionWord,
     "ETTh1": ETTh1,
     "tanks": CascadedTanks,
     "F16": F16,

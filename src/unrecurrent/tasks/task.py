@@ -1,5 +1,6 @@
 """What a benchmark task is: sequences to predict, how they are scored, and where the data come from."""
 
+import math
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -15,20 +16,29 @@ from unrecurrent.errors import InputError
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+#: beyond this the exponential of a loss is no number worth having
+_MOST_NATS = 700.0
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The number a task is judged by: `scale` times the mean loss a step, in `unit`.
+    """The number a task is judged by, in `unit`: `scale` times the mean loss a step, or `exponential`, exp of it.
 
-    >>> Metric("bpc", "lower", "bits a character", scale=1.4427).direction
-    'lower'
+    >>> Metric("bpc", "lower", "bits a character", scale=1.4427).of(2.0)
+    2.8854
+    >>> round(Metric("ppl", "lower", "perplexity", exponential=True).of(4.6), 1)
+    99.5
     """
 
     name: str
     direction: Literal["lower", "higher"]
     unit: str
     scale: float = 1.0
+    exponential: bool = False
+
+    def of(self, loss: float) -> float:
+        """Return the metric of a mean loss in nats a step."""
+        return math.exp(min(loss, _MOST_NATS)) if self.exponential else self.scale * loss
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class Task(ABC):
     features: int | None = None
     outputs: int
     stream: bool = False
+    #: predictions are one of so many symbols that the logits of a whole batch are never made at once
+    large_vocabulary: bool = False
     sources: tuple[Source, ...] = ()
     #: what one step is called in a sentence ("chord", "character")
     step_noun: str = "step"

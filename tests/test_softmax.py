@@ -1,0 +1,109 @@
+"""The fused loss of a large vocabulary against its plain references, and what the sampling of words promises."""
+
+import pytest
+import torch
+
+from unrecurrent import softmax
+from unrecurrent.softmax import (
+    WordSample,
+    WordSampler,
+    cross_entropy_reference,
+    inclusion_chances,
+    linear_cross_entropy,
+    linear_losses,
+    sampled_reference,
+)
+
+
+def problem(rows, width, words, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(words, width, generator=generator, dtype=dtype).requires_grad_()
+    bias = torch.randn(words, generator=generator, dtype=dtype).requires_grad_()
+    return hidden, weight, bias, torch.randint(words, (rows,), generator=generator)
+
+
+def gradients(loss, *leaves):
+    return torch.autograd.grad(3.0 * loss, leaves)
+
+
+@pytest.mark.parametrize(("rows", "width", "words"), [(1, 1, 1), (7, 5, 3), (33, 9, 101)])
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 24])
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_exact_loss_and_its_gradients_are_the_plain_ones(monkeypatch, rows, width, words, chunk, biased):
+    monkeypatch.setattr(softmax, "CHUNK_NUMBERS", chunk)
+    hidden, weight, bias, targets = problem(rows, width, words)
+    bias = bias if biased else None
+    leaves = (hidden, weight, bias) if biased else (hidden, weight)
+    fast, plain = (
+        linear_cross_entropy(hidden, weight, bias, targets),
+        cross_entropy_reference(hidden, weight, bias, targets),
+    )
+    torch.testing.assert_close(fast, plain.mean())
+    torch.testing.assert_close(linear_losses(hidden, weight, bias, targets), plain.detach())
+    torch.testing.assert_close(gradients(fast, *leaves), gradients(plain.mean(), *leaves))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (20, 13), (50, 101)])
+def test_the_sampled_loss_and_its_gradients_are_the_plain_ones(rows, size):
+    hidden, weight, bias, targets = problem(rows, 7, 101)
+    sample = WordSampler(torch.arange(101, 0, -1), size).draw()
+    assert rows < 50 or bool(torch.isin(targets, sample.words).any())
+    fast = linear_cross_entropy(hidden, weight, bias, targets, sample)
+    plain = sampled_reference(hidden, weight, bias, targets, sample).mean()
+    torch.testing.assert_close(fast, plain)
+    torch.testing.assert_close(gradients(fast, hidden, weight, bias), gradients(plain, hidden, weight, bias))
+
+
+def test_a_sample_of_all_words_is_exact():
+    hidden, weight, bias, targets = problem(12, 5, 40)
+    sample = WordSampler(torch.arange(1, 41), 99).draw()
+    exact = cross_entropy_reference(hidden, weight, bias, targets).mean()
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, bias, targets, sample), exact)
+
+
+def test_bfloat16_products_stay_near_and_losses_are_summed_in_full():
+    hidden, weight, bias, targets = problem(64, 32, 300, torch.float32)
+    near = linear_cross_entropy(hidden, weight, bias, targets, dtype=torch.bfloat16)
+    exact = linear_cross_entropy(hidden, weight, bias, targets)
+    assert near.dtype == torch.float32
+    assert abs(near.item() / exact.item() - 1) < 2e-3
+    for rough, fine in zip(gradients(near, hidden, weight, bias), gradients(exact, hidden, weight, bias), strict=True):
+        assert (rough - fine).norm() < 0.02 * fine.norm()
+
+
+@pytest.mark.parametrize("size", [1, 5, 60, 99, 100])
+def test_chances_add_up_to_the_size_and_frequent_words_are_certain(size):
+    weights = torch.arange(100, 0, -1).double() ** 2
+    chance = inclusion_chances(weights, size)
+    assert float(chance.sum()) == pytest.approx(size)
+    assert bool(((chance > 0) & (chance <= 1)).all())
+    rest = chance < 1
+    if bool(rest.any()):
+        ratio = chance[rest] / weights[rest]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+
+
+def test_words_are_drawn_as_often_as_their_chance_says_and_never_twice():
+    torch.manual_seed(0)
+    sampler = WordSampler(torch.tensor([400, 90, 30, 9, 9, 5, 2, 1, 0]), 4)
+    draws = [sampler.draw().words for _ in range(4000)]
+    assert all(len(words.unique()) == 4 for words in draws)
+    often = torch.bincount(torch.cat(draws), minlength=9) / len(draws)
+    assert float((often - sampler.chance).abs().max()) < 0.03
+
+
+def test_the_estimated_normaliser_is_unbiased_for_any_target():
+    torch.manual_seed(1)
+    hidden, weight, bias, targets = problem(6, 4, 30)
+    sampler = WordSampler(torch.arange(30, 0, -1) ** 2, 12)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    own = logits.gather(1, targets[:, None]).squeeze(1)
+
+    def normaliser(sample: WordSample):
+        return (sampled_reference(hidden, weight, bias, targets, sample) + own).exp()
+
+    with torch.no_grad():
+        estimates = torch.stack([normaliser(sampler.draw()) for _ in range(3000)])
+        error = estimates.std(0) / 3000**0.5
+        assert bool(((estimates.mean(0) - logits.exp().sum(1)).abs() < 5 * error + 1e-9).all())
