@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,6 +281,23 @@ def test_one_archive_brings_all_its_files_and_nothing_else(tiny_ptb: Server, tmp
     assert len(tiny_ptb.asked) == 1
     everything = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert everything == ["data/ptb-char/test.txt", "data/ptb-char/train.txt", "data/ptb-char/valid.txt"]
+
+
+def test_a_zip_is_an_archive_too(tiny_ptb: Server, tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name, content in {"../../evil": b"evil", **{f"dir/{k}.txt": v for k, v in TEXTS.items()}}.items():
+            file.writestr(name, content)
+    tiny_ptb.files["all.tgz"] = packed.getvalue()
+    paths = data.fetch("ptb-char", tmp_path / "data")
+    assert [path.read_bytes() for path in paths] == list(TEXTS.values())
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_what_has_no_address_of_its_own_is_got_by_hand(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"find it on https://www\.nonlinearbenchmark\.org") as error:
+        data.fetch("tanks", tmp_path)
+    assert str(tmp_path / "sysid") in sentence(error)
 
 
 def test_only_what_is_lacking_is_written(tiny_ptb: Server, tmp_path: Path) -> None:

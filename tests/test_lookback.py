@@ -1,8 +1,10 @@
 """The look-back window of series whose memory is known, the rules behind it, and the command line."""
 
+import copy
 import json
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -130,6 +132,17 @@ def test_a_window_beyond_what_is_considered_is_said_to_be_so(delayed, monkeypatc
     assert {m.reach for m in result.models if m.name == "window"} == {2, 4}
     assert result.records[0]["mean"] is None
     result.to_dict()
+
+
+def test_a_window_as_long_as_any_considered_is_a_lower_bound(found):
+    task = copy.copy(found.task)
+    task.length = 2 * found.window
+    at_the_end = replace(found, task=task, profile=replace(found.profile, ks=found.profile.ks[:3]))
+    assert at_the_end.text.startswith(f"Look back at least {found.window} steps")
+    assert "bounded from below only" in at_the_end.text
+    assert "the whole past gains" in at_the_end.text
+    assert found.records[0]["verdict"] == found.text
+    assert len(found.records[0]["curve"]) == len(found.profile.ks)
 
 
 @pytest.mark.parametrize("reach", [1, 2, 3, 5, 12, 24, 63, 168, 512])

@@ -1,5 +1,6 @@
 """The `measure` verb: checkpoints on tasks, texts and arrays, ONNX files, and one sentence for what does not fit."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,10 +10,20 @@ import pytest
 import torch
 
 from command import run
-from unrecurrent.checkpoint import save_model
+from unrecurrent.checkpoint import load_config, save_model
 from unrecurrent.errors import InputError
 from unrecurrent.measuring import load_arrays, measure_file
 from unrecurrent.models import Interface, build_model
+from unrecurrent.tasks import get_task
+from unrecurrent.training import TrainingConfig, TrainingRun
+
+
+def header(shape):
+    """The first bytes of a .npy file that says it holds an array of that shape."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
 
 SMALL = {"positions": 30, "longest": 24, "steps": 40}
 ROOT = Path(__file__).parents[1]
@@ -85,6 +96,13 @@ def test_columns_of_a_csv_are_inputs(regressor, tmp_path):
         ("x.npy", np.full((9, 2), np.nan), "NaN or infinite"),
         ("x.npz", {"a": np.zeros((9, 2))}, "reads one array"),
         ("x.npy", b"nothing", "cannot be read as numbers"),
+        ("x.npz", b"PK\x03\x04 and then nothing", "cannot be read as numbers"),
+        ("x.npy", header((10**13, 2)), "cannot be read as numbers"),
+        ("x.npy", np.array([["a", "b"]]), "holds <U1, not real numbers"),
+        ("x.npy", np.ones((9, 2), complex), "holds complex128, not real numbers"),
+        ("x.npz", {"a": np.array(["b"])}, "the array 'a' of .* holds <U1"),
+        ("x.npy", np.full((9, 2), 1e300), "NaN or infinite"),
+        ("x.csv", b"a,b\nyes,no\nno,yes\n", "has no column of numbers"),
         ("none.npy", None, "there is no file"),
         ("x.csv", b"a,b\n1,2\n3,\n", "line 3"),
         ("chorals", None, "did you mean 'chorales'"),
@@ -101,6 +119,44 @@ def test_data_that_do_not_fit_are_one_sentence(name, content, said, regressor, t
     with pytest.raises(InputError, match=said) as raised:
         measure_file(regressor, name, **SMALL)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("symbol", [-1, 2**63])
+def test_numbers_that_are_no_symbols_are_refused(symbol, reader, tmp_path):
+    symbols = np.zeros(20, np.int64 if symbol < 0 else np.uint64)
+    symbols[7] = symbol
+    np.save(tmp_path / "x.npy", symbols)
+    with pytest.raises(InputError, match="symbols are numbered from 0"):
+        measure_file(reader, str(tmp_path / "x.npy"), **SMALL)
+
+
+def tide(path, scale=1.0):
+    rows = "\n".join(f"{scale * np.sin(t / 3)},{scale * np.cos(t / 5)}" for t in range(300))
+    path.write_text(f"other,level\n{rows}\n", encoding="utf-8")
+    return path
+
+
+def test_targets_of_another_width_are_refused(regressor, tmp_path):
+    tide(tmp_path / "tide.csv")
+    task = f"series:{tmp_path / 'tide.csv'}?target=level&covariates=other&horizon=4"
+    with pytest.raises(InputError, match="has 4 targets a step, but the model predicts 3"):
+        measure_file(regressor, task, **SMALL)
+
+
+def test_a_forecaster_reads_raw_columns_in_its_own_scale(tmp_path):
+    """The same readings in other units give the same profile, once a model of each has its own scale."""
+    found = []
+    for scale in (1.0, 1000.0):
+        file = tide(tmp_path / "tide.csv", scale)
+        task = get_task(f"series:{file}?target=level&covariates=other")
+        folder = tmp_path / f"run {scale}"
+        TrainingRun(task, "lstm", {"hidden_size": 4}, TrainingConfig(epochs=1), folder).run()
+        assert load_config(folder)["scales"]["std"][0] == pytest.approx(0.707 * scale, rel=0.05)
+        raw = np.stack([np.cos(np.arange(300) / 5), np.sin(np.arange(300) / 3)], 1) * scale
+        np.save(tmp_path / "raw.npy", raw)
+        (profile,) = measure_file(folder, str(tmp_path / "raw.npy"), **SMALL).values()
+        found.append(profile)
+    np.testing.assert_allclose(found[0].losses, found[1].losses, rtol=1e-3, atol=1e-9)
 
 
 def test_symbols_and_features_are_not_mixed_up(reader, regressor, tmp_path, story):

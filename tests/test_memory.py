@@ -129,3 +129,24 @@ def test_nothing_to_measure_and_reduced_losses_are_refused():
         measure_memory(Delay(1), [], squared)
     with pytest.raises(InputError, match="reduction='none'"):
         measure_memory(Delay(1), [(torch.randn(9, 1), torch.randn(9, 1))], nn.MSELoss())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"longest": 0}, "longest must be a whole number of at least 1"),
+        ({"positions": 0}, "positions must be"),
+        ({"steps": 0}, "steps must be"),
+        ({"ks": [0]}, "each of ks must be"),
+        ({"ks": []}, "ks is empty"),
+        ({"ks": [1.5]}, "each of ks must be"),
+        ({"exponents": -1}, "exponents must be a whole number of at least 0"),
+        ({"exponents": "many"}, "exponents must be"),
+        ({"delta": -1}, "delta must be a share"),
+        ({"delta": float("nan")}, "delta must be a share"),
+    ],
+)
+def test_settings_out_of_range_are_one_sentence(settings, said):
+    x = torch.randn(20, 2)
+    with pytest.raises(InputError, match=said):
+        measure_memory(Delay(1), [(x, x)], squared, **settings)

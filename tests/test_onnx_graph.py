@@ -92,6 +92,31 @@ def test_sequence_lengths_cut_what_was_read(saved):
             torch.testing.assert_close(module(sequence[None])[0], output, atol=1e-5, rtol=1e-5)
 
 
+def test_sequences_without_a_step_are_left_out(saved):
+    path = saved(node_model("LSTM", lengths=True, tail=False))
+    data = {"x": np.random.default_rng(1).normal(size=(T, B, D)), "lengths": np.array([T, 0, 30])}
+    (profile,) = measure_graph(path, data, positions=20, longest=8, steps=20).values()
+    assert len(profile.full_losses) == 20
+    with pytest.raises(InputError, match="length 0 only"):
+        measure_graph(path, {**data, "lengths": np.zeros(B)}, positions=20)
+
+
+def test_states_that_are_not_given_are_zero_for_each_of_a_batch(saved):
+    graph = load_graph(saved(node_model("LSTM", states=True)))
+    feeds = graph.feeds(np.ones((T, B, D)))
+    assert feeds["h0"].shape == (1, B, H)
+    assert len(graph.captured(feeds)[0].sequences) == B
+
+
+def test_a_certificate_covers_the_start_the_graph_was_given(saved):
+    graph = load_graph(saved(node_model("LSTM", states=True, scale=0.05)))
+    x, far = np.ones((T, 1, D)), np.full((1, 1, H), 9.0)
+    (near,) = graph.certificates({"x": x}).values()
+    (wide,) = graph.certificates({"x": x, "h0": 0 * far, "c0": far}).values()
+    assert near.stable
+    assert wide.horizon(0.01) is None or wide.horizon(0.01) > near.horizon(0.01)
+
+
 def test_tail_gives_the_graph_s_output_from_hidden_states(saved):
     graph = load_graph(saved(node_model("GRU", linear_before_reset=1)))
     x = np.random.default_rng(1).normal(size=(T, 1, D)).astype(np.float32)

@@ -144,6 +144,9 @@ def test_a_digest_follows_the_data(tmp_path, values):
         ({"load": [1, 2, "inf", *range(200)]}, {}, "not a finite number"),
         ({"date": [*hours(2), *hours(201)]}, {}, "out of order: line 4"),
         ({"date": [*hours(202), "tomorrow"]}, {}, "'tomorrow' in line 204 .* is no date"),
+        ({"date": ["", *hours(202)]}, {}, "'' in line 2 .* is no date"),
+        ({"date": [f"{m}/1/2020" for m in (1, 3, 2)] * 67 + ["1/1/2020"] * 2}, {}, "out of order: line 4"),
+        ({"date": [f"{200 - t}.5" for t in range(203)]}, {}, "out of order: line 3"),
     ],
 )
 def test_unusable_series_are_one_sentence(change, options, said, tmp_path, values):
@@ -198,6 +201,30 @@ def test_dates_are_told_from_numbers_and_time_zones_are_applied():
     assert iso_date("20260131") is None
     assert iso_date("-3.5") is None
     assert iso_date("2026-01-31T12:00:00+02:00") == datetime(2026, 1, 31, 10)
+
+
+@pytest.mark.parametrize("form", ["%Y/%m/%d", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%d/%m/%Y"])
+def test_dates_in_other_forms_are_read_as_they_increase(form, tmp_path, values):
+    dates = [(datetime(2020, 1, 1) + timedelta(days=t)).strftime(form) for t in range(203)]
+    task = get_task(f"series:{write(tmp_path / 'x.csv', {'day': dates, 'x': values})}")
+    assert (task.time, task.seconds) == ("day", 86_400)
+
+
+def test_day_and_month_are_told_by_their_order(tmp_path, values):
+    """Both readings are dates up to the twelfth: only one of them increases."""
+    dates = [f"{1 + t % 12:02}/{1 + t // 12 % 12:02}/{2000 + t // 144}" for t in range(203)]
+    assert get_task(f"series:{write(tmp_path / 'x.csv', {'day': dates, 'x': values})}").time == "day"
+
+
+def test_numbers_are_the_time_where_their_name_says_so(tmp_path, values):
+    task = get_task(f"series:{write(tmp_path / 'x.csv', {'Timestamp': range(203), 'x': values})}")
+    assert (task.time, task.seconds) == ("Timestamp", None)
+
+
+def test_numbers_beyond_what_can_be_squared_are_refused(tmp_path):
+    task = get_task(f"series:{write(tmp_path / 'x.csv', {'x': [1e200 * (t % 7) for t in range(203)]})}")
+    with pytest.raises(InputError, match="too large to be squared"):
+        task.load("train")
 
 
 def test_uneven_dates_give_no_hours(tmp_path, values):

@@ -346,6 +346,31 @@ def test_symbols_that_see_the_future_are_detected():
         measure_memory(Next(), [(torch.arange(40) % 3, torch.arange(40) % 3)], lambda o, t: o.sum(-1))
 
 
+class Ahead(nn.Module):
+    """Each output is the input some steps later."""
+
+    def __init__(self, lag):
+        super().__init__()
+        self.lag = lag
+
+    def forward(self, x):
+        return torch.roll(x, -self.lag, 1)[..., None].float()
+
+
+def test_looking_far_ahead_is_detected():
+    x = torch.randn(1100)
+    with pytest.raises(InputError, match="not causal"):
+        measure_memory(Ahead(400), [(x, x)], lambda o, t: o.sum(-1))
+
+
+def test_looking_ahead_is_detected_where_symbols_do_not_change_at_first():
+    x = torch.cat([torch.zeros(600, dtype=torch.int64), torch.arange(600) % 5])
+    with pytest.raises(InputError, match="not causal"):
+        measure_memory(Ahead(1), [(x, x)], lambda o, t: o.sum(-1))
+    with pytest.raises(InputError, match="not causal"):
+        measure_memory(Ahead(1), [(x[:50] + 3, x[:50])], lambda o, t: o.sum(-1))
+
+
 class Windowed(nn.Module):
     """A Transformer layer in which each step attends to the last `k` steps only."""
 

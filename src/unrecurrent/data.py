@@ -3,9 +3,12 @@
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -180,6 +183,8 @@ def _is_there(path: Path, source: Source) -> bool:
 def _get(url: str, sources: Sequence[Source], root: Path, progress: Progress | None) -> None:
     """Download a file, or an archive that holds several, and put the files where the tasks look for them."""
     folder = (root / sources[0].path).parent
+    if sources[0].by_hand:
+        raise InputError(f"the file itself has no lasting address: find it on {url}; {_by_hand(sources, folder)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -238,14 +243,27 @@ def _unpack(archive: Path, sources: Sequence[Source], root: Path) -> None:
 def _members(archive: Path, sources: Sequence[Source]) -> dict[str | None, bytes]:
     """Return the contents of the members that are wanted, and nothing else: paths in an archive are not trusted."""
     wanted = {source.member for source in sources}
-    contents: dict[str | None, bytes] = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for entry in tar:
-                name = entry.name.removeprefix("./")
-                if name in wanted and (content := tar.extractfile(entry)) is not None:
-                    contents[name] = content.read()
-    except (tarfile.TarError, EOFError, OSError) as error:  # gzip reports damage as one of the last two
+        entries = _zip_entries(archive) if zipfile.is_zipfile(archive) else _tar_entries(archive)
+        return {name: read() for name, read in entries if name in wanted}
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         archive.unlink()
         raise InputError(f"the archive from {sources[0].url} is damaged and was thrown away: run again") from error
-    return contents
+
+
+_Entries = Iterator[tuple[str | None, Callable[[], bytes]]]
+
+
+def _tar_entries(archive: Path) -> _Entries:
+    """Yield the name of each file in the archive and what reads it, to be called before the next one is asked for."""
+    with tarfile.open(archive, "r:gz") as tar:
+        for entry in tar:
+            file = tar.extractfile(entry)
+            if file is not None:
+                yield entry.name.removeprefix("./"), file.read
+
+
+def _zip_entries(archive: Path) -> _Entries:
+    with zipfile.ZipFile(archive) as packed:
+        for name in packed.namelist():
+            yield name, partial(packed.read, name)

@@ -109,13 +109,16 @@ class Lookback:
     def _headline(self) -> str:
         if self.window is None:
             return f"Look back more than {self.task.span(self.task.longest)}."
+        if self.window == self.task.longest:
+            return f"Look back at least {self.task.span(self.window)}."
         return f"Look back {self.task.span(self.window)}."
 
     def _reasons(self) -> Iterator[str]:
         yield self._measurement()
         if self.lost_at_half is not None and self.gained_at_double is not None:
+            double = "twice it" if 2 * (self.window or 0) <= self.profile.ks[-1] else "the whole past"
             yield (
-                f"By that curve half of it costs {self.lost_at_half} in mean squared error and twice it gains"
+                f"By that curve half of it costs {self.lost_at_half} in mean squared error and {double} gains"
                 f" {self.gained_at_double}."
             )
         yield from (knee.text for knee in self.knees)
@@ -140,6 +143,11 @@ class Lookback:
             return (
                 f"The {name} still loses more than {_percent(self.delta)} when it sees only the last"
                 f" {self.task.longest} steps: consider longer windows, or keep the recurrence."
+            )
+        if self.window == self.task.longest:
+            return (
+                f"That is the longest window considered, and every shorter one costs the {name} more than"
+                f" {_percent(self.delta)} and one standard error: the estimate is bounded from below only."
             )
         top = f"{high}" if high is not None else f"more than {self.task.longest}"
         return (
@@ -213,6 +221,8 @@ class Lookback:
             lost_at_half=self.lost_at_half.value if self.lost_at_half else None,
             gained_at_double=self.gained_at_double.value if self.gained_at_double else None,
             knees={knee.name: knee.place for knee in self.knees},
+            verdict=self.text,
+            curve=[[k, *(round(value, 6) for value in values)] for k, *values in self.profile.curve],
         )
 
     def _model_record(self, model: Trained) -> Record:

@@ -1,5 +1,7 @@
 """Memory of what lies on disk: a checkpoint on a task, a text or an array; the recurrent nodes of an ONNX file."""
 
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ def measure_checkpoint(
     model, config = load_model(folder)
     name = data or config["task"]
     if Path(name).suffix in ARRAYS and ":" not in name:
-        inputs = _sequences(load_arrays(Path(name)), model, name)
+        inputs = _scaled(_sequences(load_arrays(Path(name)), model, name), config.get("scales"))
         targets = _outputs(model, inputs)
         scale = float(torch.cat(targets).var(0, correction=0).mean())
         pairs = [Example(x, y) for x, y in zip(inputs, targets, strict=True)]
@@ -62,6 +64,7 @@ def measure_checkpoint(
         )
     examples, loss = _task_data(name, config["task"], data_dir)
     _check_interface(examples, model, name)
+    _check_targets(examples, model, name)
     return measure_memory(model, examples, loss, **settings)
 
 
@@ -90,7 +93,10 @@ def _check_interface(examples: Sequence[Example], model: SequenceModel, name: st
     if interface.vocabulary is not None:
         if inputs.is_floating_point():
             raise InputError(f"the model reads {interface.vocabulary} symbols, but {name!r} holds real numbers")
+        smallest = min(int(x.min()) for x, _ in examples if len(x))
         largest = max(int(x.max()) for x, _ in examples if len(x))
+        if smallest < 0:
+            raise InputError(f"{name!r} holds the number {smallest}, but symbols are numbered from 0: correct it")
         if largest >= interface.vocabulary:
             raise InputError(
                 f"{name!r} has at least {largest + 1} symbols, but the model was trained with {interface.vocabulary}:"
@@ -98,6 +104,24 @@ def _check_interface(examples: Sequence[Example], model: SequenceModel, name: st
             )
     elif inputs.dim() != 2 or inputs.shape[1] != interface.features:
         raise InputError(f"the model reads {interface.features} features, but {name!r} does not hold that many")
+
+
+def _check_targets(examples: Sequence[Example], model: SequenceModel, name: str) -> None:
+    """Refuse targets that the model's outputs cannot be compared with."""
+    targets, outputs = examples[0].targets, model.interface.outputs
+    if targets.dim() > 1 and targets.shape[1] != outputs:
+        raise InputError(
+            f"{name!r} has {targets.shape[1]} targets a step, but the model predicts {outputs}: measure it on the task"
+            " it was trained on"
+        )
+
+
+def _scaled(inputs: list[Tensor], scales: dict[str, list[float]] | None) -> list[Tensor]:
+    """Inputs in the units of their file, standardised as those the model was trained on were."""
+    if scales is None:
+        return inputs
+    mean, std = (torch.tensor(scales[part], dtype=torch.float64) for part in ("mean", "std"))
+    return [((x - mean) / std).float() for x in inputs]
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | np.ndarray:
@@ -111,13 +135,23 @@ def load_arrays(path: Path) -> dict[str, np.ndarray] | np.ndarray:
     try:
         if path.suffix == ".csv":
             table = read_csv(path)
-            return np.stack([table.numbers(name) for name in table.columns if table.is_numeric(name)], 1)
-        loaded = np.load(path, allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+            columns = [table.numbers(name) for name in table.columns if table.is_numeric(name)]
+            if not columns:
+                raise InputError(f"{path} has no column of numbers: give a file with the model's inputs")
+            return np.stack(columns, 1)
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     except InputError:
         raise
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as numbers ({error}): write it again") from error
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} cannot be read as numbers ({reason}): write it again") from error
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub":
+            of = f"the array {name!r} of {path}" if name else str(path)
+            raise InputError(f"{of} holds {array.dtype}, not real numbers: write it again")
+    return loaded if isinstance(loaded, np.ndarray) else arrays
 
 
 def _sequences(array: dict[str, np.ndarray] | np.ndarray, model: SequenceModel, name: str) -> list[Tensor]:
@@ -134,7 +168,8 @@ def _sequences(array: dict[str, np.ndarray] | np.ndarray, model: SequenceModel, 
     rows = array[None] if array.ndim == width else array
     if not len(rows) or not rows.shape[1]:
         raise InputError(f"{name} is empty: give at least one step")
-    tensors = [torch.as_tensor(np.array(row, np.int64 if width == 1 else np.float32)) for row in rows]
+    with np.errstate(over="ignore"):  # what is too large for a float32 becomes infinite, which is refused later
+        tensors = [torch.as_tensor(np.array(row, np.int64 if width == 1 else np.float32)) for row in rows]
     _check_interface([Example(x, x) for x in tensors], model, name)
     return tensors
 

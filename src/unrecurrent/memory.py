@@ -4,6 +4,7 @@ Everything here is an estimate from data. What can be proved about a model is in
 certificate it stands beside the estimates.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -275,8 +276,8 @@ def measure_memory(
         progress: whether to show a bar on stderr.
 
     Raises:
-        InputError: no data, missing values, a model that is not causal (tried, not assumed), or a loss that is not one
-            finite number a step.
+        InputError: no data, missing values, a setting out of range, a model that is not causal (tried, not assumed), or
+            a loss that is not one finite number a step.
 
     >>> delay = lambda x: torch.roll(x, 2, dims=1) * (torch.arange(x.shape[1]) >= 2)[None, :, None]
     >>> x = torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
@@ -285,6 +286,7 @@ def measure_memory(
     >>> measure_memory(delay, [(x[2:], y[2:])], squared).k(0.01)
     3
     """
+    _check_settings(ks, longest=longest, positions=positions, steps=steps, delta=delta, exponents=exponents)
     _check(data)
     with _evaluating(model), _progress(progress) as say:
         sample = _Sample(model, data, loss_fn, positions, seed)
@@ -308,6 +310,24 @@ def measure_memory(
     curve = np.stack([measured[k] for k in order])
     context = min(contexts, default=None)
     return MemoryProfile(order, curve, full, gradient, tuple(seen), scale, context, tuple(notes))
+
+
+def _check_settings(ks: Sequence[int] | None, *, delta: float, exponents: int | Literal["all"], **counts: int) -> None:
+    if ks is not None and not len(ks):
+        raise InputError("ks is empty: give the truncation lengths to measure, or leave it out")
+    for k in ks or ():
+        _check_whole("each of ks", k, 1)
+    for name, value in counts.items():
+        _check_whole(name, value, 1)
+    if exponents != "all":
+        _check_whole("exponents", exponents, 0)
+    if not 0 <= delta < math.inf:
+        raise InputError(f"delta must be a share of the loss, 0 or more, not {delta}")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 def _check(data: Sequence[Pair]) -> None:

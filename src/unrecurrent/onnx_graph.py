@@ -100,10 +100,14 @@ class Graph:
         if unknown:
             raise InputError(f"{self.path} has no input {unknown[0]!r}: its inputs are {', '.join(inputs)}")
         feeds = {name: _as_type(array, inputs[name], name) for name, array in data.items()}
+        sizes = {"": 1}  # of the dimensions that have a name, as the batch may have
+        for name, array in feeds.items():
+            named = zip(inputs[name].shape.dim, array.shape, strict=True)
+            sizes |= {dimension.dim_param: size for dimension, size in named if dimension.dim_param}
         for name in inputs.keys() - feeds.keys():
             if name not in states:
                 raise InputError(f"{self.path} needs the input {name!r}: give an .npz file with an array of that name")
-            shape = [dimension.dim_value or 1 for dimension in inputs[name].shape.dim]
+            shape = [d.dim_value or sizes.get(d.dim_param, 1) for d in inputs[name].shape.dim]
             feeds[name] = np.zeros(shape, _onnx()[0].helper.tensor_dtype_to_np_dtype(inputs[name].elem_type))
         return feeds
 
@@ -310,7 +314,7 @@ class Captured:
     def layer(self) -> nn.Module:
         """The node as a torch layer with `batch_first`, or as a `CellLayer` where torch has no such form.
 
-        A node whose initial state is not zero is a `CellLayer` as well, because torch's layers start from zero.
+        A torch layer starts from zero; `module` starts where the graph did.
         """
         if not self.node.reset_after:
             cell = GRUCell(*self.weights, reset_after=False)
@@ -332,16 +336,26 @@ class Captured:
     def certify(self, *, seen: bool = True, input_bound: float | None = None, method: str = "best") -> Certificate:
         """What is proved about the node: for drives in the range `seen` in this run, else up to a bound, else for all.
 
-        The start state is the graph's own, and the zero state.
+        The states covered are those reached from the zero state and from the graph's own start.
         """
         inputs = torch.cat(self.sequences) if seen else None
         if self.node.reset_after:
-            given = {"inputs": inputs, "input_bound": None if seen else input_bound}
+            given = {"inputs": inputs, "input_bound": None if seen else input_bound, "h0": self._start_if_not_zero}
             return certify(self.layer(), method=method, **given)  # type: ignore[arg-type]
         allowed: InputSet | None = None if inputs is None else PointInput(inputs)
         if not seen and input_bound is not None:
             allowed = BoxInput.bounded(input_bound, self.weights[0].shape[1])
         return certify(GRUCell(*self.weights, reset_after=False, inputs=allowed), method=method)
+
+    @property
+    def _start_if_not_zero(self) -> Any:
+        """The start state in the layout of torch's layers, where there is a given one that is not zero."""
+        if not all(name in self.values for name in self.node.states if name):
+            return None
+        parts = [part.expand(1, 1, -1) for part in self.start]
+        if not any(bool(part.any()) for part in parts):
+            return None
+        return tuple(parts) if len(parts) > 1 else parts[0]
 
     @cached_property
     def tail(self) -> "Tail | None":
@@ -458,11 +472,14 @@ def measure_graph(
     profiles = {}
     for captured in graph.captured(graph.feeds(data)):
         module, tail = captured.module(), captured.tail
+        sequences = [x for x in captured.sequences if len(x)]
+        if not sequences:
+            raise InputError(f"{path} was given sequences of length 0 only: give at least one step")
         with torch.no_grad():
-            hidden = [module(x[None])[0] for x in captured.sequences]
+            hidden = [module(x[None])[0] for x in sequences]
         outputs = hidden if tail is None else [tail(h) for h in hidden]
         scale = float(torch.cat(outputs).var(0, correction=0).mean())
-        pairs = list(zip(captured.sequences, outputs, strict=True))
+        pairs = list(zip(sequences, outputs, strict=True))
         profiles[captured.node.name] = measure_memory(module, pairs, output_change(tail), scale=scale, **settings)
     return profiles
 

@@ -16,8 +16,10 @@ from unrecurrent.errors import InputError
 PIECE = 512
 #: longest sequence read at once by a model whose state cannot be carried; longer ones are read in overlapping blocks
 WHOLE = 8_192
-#: steps on which it is tried whether a model's state can be carried, or whether it looks ahead
+#: steps on which it is tried whether a model's state can be carried
 TRIAL = 64
+#: steps on which it is tried whether a model looks ahead: by up to half as many steps, that is
+LOOK_AHEAD = 1_024
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 
 
@@ -88,13 +90,12 @@ class Reader:
 
     def check_causal(self, inputs: Tensor) -> None:
         """Raise `InputError` if outputs change when later inputs do; `inputs` is one sequence (T, ...)."""
-        length = min(TRIAL, len(inputs))
-        if length < 2:
+        first = inputs[:LOOK_AHEAD].to(self.device)
+        if len(first) < 2:
             return
-        first = inputs[:length].to(self.device)
-        cut = (length + 1) // 2
+        cut = (len(first) + 1) // 2
         changed = first.clone()
-        changed[cut:] = _other_values(first, cut)
+        changed[cut:] = _other_values(first[cut:], inputs)
         outputs = self.run(torch.stack([first, changed]))[:, :cut]
         if not _close(outputs[0], outputs[1]):
             raise InputError(
@@ -141,13 +142,17 @@ class Reader:
         self._trial_inputs = inputs[:TRIAL]
 
 
-def _other_values(inputs: Tensor, cut: int) -> Tensor:
-    """Inputs unlike those from `cut` on: other symbols that occur in the sequence, or the same numbers moved."""
-    later = inputs[cut:]
+def _other_values(inputs: Tensor, sequence: Tensor) -> Tensor:
+    """Inputs unlike these: the same numbers moved, or at each step another symbol that occurs in the sequence."""
+    generator = torch.Generator().manual_seed(0)
     if inputs.is_floating_point():
-        noise = torch.randn(later.shape, generator=torch.Generator().manual_seed(0)).to(later)
-        return later + noise * (1 + later.abs())
-    return torch.where(later == inputs[0], inputs.max(), inputs[0].expand_as(later))
+        noise = torch.randn(inputs.shape, generator=generator).to(inputs)
+        return inputs + noise * (1 + inputs.abs())
+    known = sequence.unique().to(inputs.device)
+    if len(known) == 1:  # 0 is the only other symbol that any vocabulary has
+        return torch.zeros_like(inputs)
+    moves = torch.randint(1, len(known), inputs.shape, generator=generator).to(inputs.device)
+    return known[(torch.searchsorted(known, inputs.contiguous()) + moves) % len(known)]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

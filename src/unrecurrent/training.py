@@ -227,6 +227,7 @@ class TrainingRun:
             "interface": task_interface(self.task)._asdict(),
             "settings": self.settings,
             "training": asdict(self.config),
+            **({} if self.task.scales is None else {"scales": self.task.scales}),
         }
 
     def run(self, report: Report | None = None) -> SequenceModel:

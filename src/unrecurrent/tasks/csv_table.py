@@ -17,6 +17,10 @@ from unrecurrent.errors import InputError
 SEPARATORS = ",;\t"
 #: what people write where a number is missing
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
+#: how dates are written that are not in ISO form; a time of day may follow
+FORMS = ("%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
+#: columns of numbers that are taken for the time by their name
+TIME_NAMES = frozenset({"time", "timestamp", "date", "datetime", "epoch", "unix"})
 #: columns without a name are left out: they come from a separator at the end of each line
 UNNAMED = ""
 
@@ -55,18 +59,36 @@ class CsvTable:
         first = next((text for text in self.column(name) if text.lower() not in MISSING), "")
         return bool(np.isfinite(_number(first)))
 
-    def dates(self, name: str) -> list[datetime]:
-        """Return a column of ISO 8601 dates; anything else is an `InputError` with its line."""
-        dates = []
-        for row, text in enumerate(self.column(name)):
-            date = iso_date(text)
-            if date is None:
-                raise InputError(
-                    f"{text!r} in line {self.lines[row]} of {self.path} is no date: write the column {name!r} in"
-                    " ISO form, as in 2026-01-31 or 2026-01-31 12:00:00"
-                )
-            dates.append(date)
-        return dates
+    def is_time(self, name: str) -> bool:
+        """Say whether the first value that is not missing is a date, or a number under a name that says time."""
+        first = next((text for text in self.column(name) if text.lower() not in MISSING), "")
+        return _form_of(first) is not None or (name.casefold() in TIME_NAMES and self.is_numeric(name))
+
+    def times(self, name: str) -> list[list[float]]:
+        """Return what a column of dates can mean in seconds: one list, or two where day and month may be either.
+
+        A column of numbers is taken as it is. Anything else is an `InputError` with its line.
+        """
+        column = self.column(name)
+        if self.is_numeric(name) and _form_of(column[0]) is None:
+            return [self.numbers(name).tolist()]
+        readings, fault = [], 0
+        for form in ("", *FORMS):
+            dates = []
+            for text in column:
+                date = _date(text, form)
+                if date is None:
+                    break
+                dates.append((date - datetime(1970, 1, 1)).total_seconds())
+            fault = max(fault, len(dates))
+            if len(dates) == len(column):
+                readings.append(dates)
+        if not readings:
+            raise InputError(
+                f"{column[fault]!r} in line {self.lines[fault]} of {self.path} is no date: write the column {name!r} in"
+                " ISO form, as in 2026-01-31 or 2026-01-31 12:00:00"
+            )
+        return readings
 
     def _not_a_number(self, name: str, row: int) -> InputError:
         text, where = self.columns[name][row], f"line {self.lines[row]} of {self.path}"
@@ -80,6 +102,23 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return float("nan")
+
+
+def _date(text: str, form: str) -> datetime | None:
+    """Return a date written in ISO form (where `form` is empty) or as `form` says; `None` if it is none."""
+    if not form:
+        return iso_date(text)
+    day, _, clock = text.partition(" ")
+    clock_form = "%H:%M:%S" if clock.count(":") > 1 else "%H:%M"
+    try:
+        return datetime.strptime(f"{day} {clock or '0:00'}", f"{form} {clock_form}")
+    except ValueError:
+        return None
+
+
+def _form_of(text: str) -> str | None:
+    """Return how a date is written, `None` if the text is none."""
+    return next((form for form in ("", *FORMS) if _date(text, form) is not None), None)
 
 
 def iso_date(text: str) -> datetime | None:

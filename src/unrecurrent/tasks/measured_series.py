@@ -71,6 +71,7 @@ class CascadedTanks(PublishedSeries):
             f"{_NONLINEAR}/cascaded-tanks",
             "ef2388ed822f3aef4aa80d6b0f2b466dd80b361786b3eafc7a2957c31ea323a7",
             _NO_LICENCE,
+            by_hand=True,
         ),
     )
 
@@ -98,12 +99,14 @@ class F16(PublishedSeries):
             f"{_NONLINEAR}/f-16-ground-vibration-test",
             "f2cba6338a81169f156d261ba073ce404a38efac11158ec1bd7b4a91f1379e73",
             _NO_LICENCE,
+            by_hand=True,
         ),
         Source(
             "sysid/F16Data_FullMSine_Level2_Validation.csv.gz",
             f"{_NONLINEAR}/f-16-ground-vibration-test",
             "cf06eae924e79efec4f4aca68634bf72d7c79fcd228ed4661c9be7809ced2ef8",
             _NO_LICENCE,
+            by_hand=True,
         ),
     )
     ACCELERATIONS = ("Acceleration1", "Acceleration2", "Acceleration3")

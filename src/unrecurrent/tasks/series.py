@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from unrecurrent.errors import InputError
-from unrecurrent.tasks.csv_table import CsvTable, iso_date, read_csv
+from unrecurrent.tasks.csv_table import CsvTable, read_csv
 from unrecurrent.tasks.task import SPLITS, Example, Metric, Split, Task
 
 PREFIX = "series:"
@@ -53,7 +53,11 @@ class Scale:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Scale":
-        return cls(values.mean(axis=0), values.std(axis=0))
+        with np.errstate(over="ignore", invalid="ignore"):
+            scale = cls(values.mean(axis=0), values.std(axis=0))
+        if not (np.isfinite(scale.mean).all() and np.isfinite(scale.std).all()):
+            raise InputError("a column holds numbers too large to be squared: give it in a larger unit")
+        return scale
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         return (values - self.mean) / self.std
@@ -99,6 +103,12 @@ class SeriesTask(Task):
     def series(self) -> list[Series]:
         """The series, standardised."""
         return [_standardised(series) for series in self.read()]
+
+    @property
+    def scales(self) -> dict[str, list[float]] | None:
+        """What the inputs are standardised by; of several series, each by its own, the first one's."""
+        scale = Scale.of(self.read()[0].parts["train"].inputs)
+        return {"mean": scale.mean.tolist(), "std": scale.std.tolist()}
 
     def load(self, split: Split) -> Sequence[Example]:
         """Return the sequences of a split."""
@@ -204,8 +214,9 @@ class SeriesFile(SeriesTask):
     The name is `series:FILE.csv`, optionally with `?target=…&horizon=…&covariates=…&id=…&time=…&longest=…` (see
     `series_name`). Without them the target is the last column of numbers, the horizon 1, and there are no
     covariates; `covariates=all` takes every other column of numbers. Several series in one file are told apart by
-    the id column. A column of ISO dates (the one named, else the first that holds dates) must increase within a
-    series; where it is evenly spaced, spans are stated in hours as well. The first 70 % of each series' rows are
+    the id column. A column of dates (the one named, else the first that holds dates, or numbers under a name such as
+    `timestamp`) must increase within a series; where dates are evenly spaced, spans are stated in hours as well. The
+    first 70 % of each series' rows are
     for training, the next 15 % for validation, the rest for testing.
 
     >>> import tempfile
@@ -310,17 +321,26 @@ class SeriesFile(SeriesTask):
         """Return the time between two rows, `None` where there are no dates or they are not evenly spaced."""
         if self.time is None:
             return None
-        dates, steps = self.table.dates(self.time), set()
-        for own in rows.values():
-            for before, after in pairwise(own.tolist()):
-                if dates[after] <= dates[before]:
-                    raise InputError(
-                        f"the dates in {self.time!r} are out of order: line {self.table.lines[after]} of"
-                        f" {self.table.path} is not later than line {self.table.lines[before]}; sort the rows by time"
-                        + ("" if self.id_column else ", or name the column that tells several series apart")
-                    )
-                steps.add((dates[after] - dates[before]).total_seconds())
+        readings = self.table.times(self.time)
+        faults = [_first_disorder(times, rows) for times in readings]
+        if None not in faults:
+            before, after = max(fault for fault in faults if fault)
+            raise InputError(
+                f"the dates in {self.time!r} are out of order: line {self.table.lines[after]} of"
+                f" {self.table.path} is not later than line {self.table.lines[before]}; sort the rows by time"
+                + ("" if self.id_column else ", or name the column that tells several series apart")
+            )
+        if self.table.is_numeric(self.time):
+            return None
+        times = readings[faults.index(None)]
+        steps = {times[after] - times[before] for own in rows.values() for before, after in pairwise(own.tolist())}
         return steps.pop() if len(steps) == 1 else None
+
+
+def _first_disorder(times: Sequence[float], rows: Mapping[str, np.ndarray]) -> tuple[int, int] | None:
+    """Return the first two neighbouring rows of a series whose times do not increase."""
+    pairs = (pair for own in rows.values() for pair in pairwise(own.tolist()))
+    return next(((before, after) for before, after in pairs if times[after] <= times[before]), None)
 
 
 def _parse_name(name: str) -> tuple[str, dict[str, list[str]]]:
@@ -346,8 +366,8 @@ def _whole(options: Mapping[str, Sequence[str]], key: str, default: int, least: 
 
 
 def _find_time(table: CsvTable, id_column: str | None) -> str | None:
-    """Return the first column whose first value is a date."""
-    return next((n for n, c in table.columns.items() if n != id_column and iso_date(c[0]) is not None), None)
+    """Return the first column that says when its row was measured."""
+    return next((name for name in table.columns if name != id_column and table.is_time(name)), None)
 
 
 def _check_varies(values: np.ndarray, column: str, series: str, *, is_target: bool) -> None:

@@ -45,7 +45,8 @@ class Metric:
 class Source:
     """One file of a data set: its name below the data folder, its public home, and what it must contain.
 
-    Where `member` is set, `url` is a gzipped tar archive and the file is that member of it.
+    Where `member` is set, `url` is a zip or a gzipped tar archive and the file is that member of it; where `by_hand` is
+    set, `url` is the page on which a reader finds the file.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Source:
     sha256: str
     licence: str
     member: str | None = None
+    by_hand: bool = False
 
 
 class Example(NamedTuple):
@@ -81,6 +83,11 @@ class Task(ABC):
     sources: tuple[Source, ...] = ()
     #: what one step is called in a sentence ("chord", "character")
     step_noun: str = "step"
+
+    @property
+    def scales(self) -> dict[str, list[float]] | None:
+        """The `mean` and `std` that inputs in their own units are standardised by (`None`: they are not)."""
+        return None
 
     @abstractmethod
     def load(self, split: Split) -> Sequence[Example]:
