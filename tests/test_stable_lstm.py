@@ -298,3 +298,16 @@ def test_cuda_agrees_with_cpu():
     x = torch.randn(6, 4, 3)
     on_gpu = copy.deepcopy(layer).cuda()
     torch.testing.assert_close(on_gpu(x.cuda())[0].cpu(), layer(x)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_rate_is_proved_for_a_wide_layer_close_to_one():
+    """The layer brings the norm in which it contracts; without it the search for one ends too early (0.99958)."""
+    torch.manual_seed(0)
+    lstm = StableLSTM(8, 340, rate=0.9995)
+    optimizer = torch.optim.AdamW(lstm.parameters(), lr=6e-3)
+    for _ in range(60):
+        y, _ = lstm(torch.randn(10, 8, 8))
+        optimizer.zero_grad()
+        (-3 * y.square().mean()).backward()
+        optimizer.step()
+    assert certify(lstm).rate <= 0.9995

@@ -228,7 +228,13 @@ def _float64(x: Tensor) -> Tensor:
 
 
 class Propagator(ABC):
-    """How an error spreads: a monotone, positively homogeneous map T of non-negative vectors, and its start."""
+    """How an error spreads: a monotone, positively homogeneous map T of non-negative vectors, and its start.
+
+    `known_weights` `(state_size,)`, where a layer brings them, are the weights of a norm in which it is known to
+    contract: the search for a rate begins there.
+    """
+
+    known_weights: Tensor | None = None
 
     @property
     @abstractmethod
@@ -993,7 +999,10 @@ def _build_cell(layer: nn.Module, number: int, inputs: InputSet, start: Interval
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     if _kind(layer) == "scaled-gate-lstm":
         ceiling = getattr(layer, "forget_ceiling" + suffix)
-        return ScaledGateLSTMCell(*weights, forget_ceiling=ceiling, inputs=inputs, start=start)
+        cell = ScaledGateLSTMCell(*weights, forget_ceiling=ceiling, inputs=inputs, start=start)
+        norm = getattr(layer, "norm" + suffix, None)
+        cell.known_weights = None if norm is None else _float64(norm).flatten()
+        return cell
     if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
         lstm = CoupledLSTMCell if see_ties and CoupledLSTMCell.is_tied(*weights) else LSTMCell
         return lstm(*weights, inputs=inputs, start=start)

@@ -87,7 +87,8 @@ def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
     """
     if isinstance(propagator, Stack):
         return _stacked_rate(propagator, [contraction_rate(layer) for layer in propagator.layers])
-    v = torch.ones(propagator.state_size, dtype=torch.float64)
+    known = propagator.known_weights
+    v = torch.ones(propagator.state_size, dtype=torch.float64) if known is None else known
     best, best_v, floor = math.inf, v, 0.0
     path: list[tuple[Tensor, Tensor]] = []
     for step in range(RATE_STEPS):

@@ -341,7 +341,7 @@ class Captured:
         inputs = torch.cat(self.sequences) if seen else None
         if self.node.reset_after:
             given = {"inputs": inputs, "input_bound": None if seen else input_bound, "h0": self._start_if_not_zero}
-            return certify(self.layer(), method=method, **given)  # type: ignore[arg-type]
+            return certify(self.layer(), method=method, **given)
         allowed: InputSet | None = None if inputs is None else PointInput(inputs)
         if not seen and input_bound is not None:
             allowed = BoxInput.bounded(input_bound, self.weights[0].shape[1])
