@@ -12,7 +12,7 @@ CORE = (
     "sharded", "truncation", "onnx_graph", "onednn", "digests",
 )  # fmt: skip
 OUTSIDE = ("tasks", "models", "batches", "training", "checkpoint", "worker", "jobs", "speed", "recipes", "search",
-           "comparison", "verdict", "lookback", "data", "cli")  # fmt: skip
+           "comparison", "verdict", "lookback", "data", "task_memory", "cli")  # fmt: skip
 
 
 def imported(path):

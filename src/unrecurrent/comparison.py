@@ -12,20 +12,19 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from unrecurrent.batches import scoring_columns
 from unrecurrent.certificate import Certificate
 from unrecurrent.checkpoint import load_model
 from unrecurrent.errors import InputError
 from unrecurrent.jobs import job_folder, refuse_diverged, run_jobs
-from unrecurrent.memory import MemoryProfile, measure_memory
+from unrecurrent.memory import MemoryProfile
 from unrecurrent.models import SequenceModel, Settings, find_model_class, match_parameters
 from unrecurrent.models.recurrent import RecurrentModel
 from unrecurrent.recipes import Recipe, default_models, default_parameters, find_recipe, twin
 from unrecurrent.records import Record, make_record
 from unrecurrent.search import draw_recipes
 from unrecurrent.speed import Speed, measure_speed
+from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import SPLITS, Example, Metric, Task, get_task
 from unrecurrent.training import task_interface
 from unrecurrent.verdict import Candidate, Verdict, decide
@@ -304,12 +303,7 @@ class _Session:
 
     def _profile(self, model: SequenceModel, data: Sequence[Example], positions: int) -> MemoryProfile:
         """Return the truncation curve and, of a recurrent model, the local rate; its exponents would take longer."""
-        scale = self.task.metric.scale
-
-        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-            return scale * self.task.loss(outputs, targets)
-
-        return measure_memory(model, data, loss, positions=positions, delta=DELTA, exponents=1, steps=512)
+        return measure_on_task(model, self.task, data, positions=positions, delta=DELTA, exponents=1, steps=512)
 
 
 def certificate_on_data(model: RecurrentModel, task: Task, method: str = "best") -> Certificate:
@@ -318,19 +312,6 @@ def certificate_on_data(model: RecurrentModel, task: Task, method: str = "best")
         return model.certificate(method=method)
     inputs = torch.cat([x for split in SPLITS for x, _ in task.load(split)])
     return model.certificate(inputs=inputs, method=method)
-
-
-def memory_data(task: Task) -> list[Example]:
-    """Return the test data for the truncation curve; a stream is cut into the columns it is scored in."""
-    examples = list(task.load("test"))
-    if not task.stream:
-        return examples
-    cut = []
-    for inputs, targets in examples:
-        size = max(1, len(inputs) // scoring_columns(len(inputs)))
-        columns = zip(inputs.split(size), targets.split(size), strict=True)
-        cut += [Example(x, y) for x, y in columns if len(x) == size]
-    return cut
 
 
 def _scores(entry: Entry, split: str, metric: Metric) -> list[float]:

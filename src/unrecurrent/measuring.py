@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from unrecurrent.checkpoint import load_model
-from unrecurrent.comparison import memory_data
 from unrecurrent.errors import InputError
 from unrecurrent.memory import MemoryProfile, measure_memory
 from unrecurrent.models import SequenceModel
 from unrecurrent.onnx_graph import measure_graph, output_change
-from unrecurrent.tasks import Example, get_task
+from unrecurrent.task_memory import measure_on_task, memory_data
+from unrecurrent.tasks import Example, Task, get_task
 from unrecurrent.tasks.csv_table import read_csv
 
 ARRAYS = (".npy", ".npz", ".csv")
@@ -62,30 +62,23 @@ def measure_checkpoint(
         raise InputError(
             f"the model reads {model.interface.features} features a step, not text: give a task or an array"
         )
-    examples, loss = _task_data(name, config["task"], data_dir)
+    task, examples = _task_data(name, config["task"], data_dir)
     _check_interface(examples, model, name)
     _check_targets(examples, model, name)
-    return measure_memory(model, examples, loss, **settings)
+    return measure_on_task(model, task, examples, **settings)
 
 
-def _task_data(
-    name: str, trained_on: str, data_dir: Path | None
-) -> tuple[Sequence[Example], Callable[[Tensor, Tensor], Tensor]]:
-    """The examples of a task, or of a text file in the symbols of the task the model was trained on; and the loss."""
+def _task_data(name: str, trained_on: str, data_dir: Path | None) -> tuple[Task, Sequence[Example]]:
+    """A task and its test data; of a text file the whole of it, in the symbols of the task the model was trained on."""
     path = Path(name.removeprefix("text:"))
     is_text = name != trained_on and path.is_file()
     task = get_task(trained_on if is_text else name, data_dir=data_dir)
-    scale = task.metric.scale
-
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return scale * task.loss(outputs, targets)
-
     if not is_text:
-        return memory_data(task), loss
+        return task, memory_data(task)
     encode = getattr(task, "encode", None)
     if encode is None:
         raise InputError(f"the model was trained on {trained_on!r}, which is no text: give a task or a .npy file")
-    return [encode(path)], loss
+    return task, [encode(path)]
 
 
 def _check_interface(examples: Sequence[Example], model: SequenceModel, name: str) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +58,8 @@ class MemoryProfile:
     layers: tuple[LayerMemory, ...] = ()
     scale: float | None = None
     """What δ is a share of; None: the size of the full loss."""
+    exponential: bool = False
+    """δ is a share of exp(loss), as a perplexity is judged."""
     context: int | None = None
     """"Full" means at least this many inputs, because the model could not be read at once; None: all."""
     notes: tuple[str, ...] = ()
@@ -80,13 +82,17 @@ class MemoryProfile:
 
         `None`: not even the largest measured k is enough.
         """
-        return _smallest_k(self.ks, self.losses.mean(axis=1), self.full, delta, self.scale)
+        return _smallest_k(self.ks, self.losses.mean(axis=1), self.full, self._allowance(delta))
+
+    def _allowance(self, delta: float) -> Callable[[float], float]:
+        return partial(_allowed, delta, self.scale, self.exponential)
 
     def k_band(self, delta: float = 0.01) -> tuple[int | None, int | None]:
         """Return the bootstrap band of `k(delta)`; an upper end of `None` is beyond the largest measured k."""
         weights = resampling_weights(len(self.full_losses))
         means, fulls = weights @ self.losses.T, weights @ self.full_losses
-        found = [_smallest_k(self.ks, m, f, delta, self.scale) for m, f in zip(means, fulls, strict=True)]
+        allowance = self._allowance(delta)
+        found = [_smallest_k(self.ks, m, f, allowance) for m, f in zip(means, fulls, strict=True)]
         ordered = sorted(found, key=lambda k: np.inf if k is None else k)
         tail = (1 - COVERAGE) / 2
         return ordered[int(tail * len(ordered))], ordered[int((1 - tail) * len(ordered)) - 1]
@@ -151,6 +157,7 @@ class MemoryProfile:
             "k_star_low": k_low,
             "k_star_high": k_high,
             "scale": self.scale,
+            "exponential": self.exponential,
             "context": self.context,
             "gradient_decay": None if self.gradient_decay is None else self.gradient_decay.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -212,7 +219,8 @@ def _window_in_words(profile: MemoryProfile, delta: float) -> str:
         return f"no window shorter than the longest measured, {longest:,} inputs, is enough on average (estimate)"
     inputs = f"the last {k:,} input{'s' * (k > 1)} {_span(profile.k_band(delta))}"
     if profile.scale is None:
-        return f"on average {inputs} keep the loss within {delta:.2g} of itself (estimate)"
+        what = "exponential of the loss" if profile.exponential else "loss"
+        return f"on average {inputs} keep the {what} within {delta:.2g} of itself (estimate)"
     largest = float(profile.losses[profile.ks.index(k)].max()) ** 0.5
     return (
         f"on average {inputs} keep the outputs within {delta:.2g} of their variance, but single ones change by up to"
@@ -220,13 +228,18 @@ def _window_in_words(profile: MemoryProfile, delta: float) -> str:
     )
 
 
-def _smallest_k(
-    ks: Sequence[int], means: np.ndarray, full: float, delta: float, scale: float | None = None
-) -> int | None:
-    """Return the smallest of `ks` such that it and all larger ones are within `delta` of `full`."""
-    found = None
+def _allowed(delta: float, scale: float | None, exponential: bool, full: float) -> float:
+    """Return by how much a loss may exceed `full`."""
+    if exponential:
+        return math.log1p(delta)
+    return delta * (abs(full) if scale is None else scale)
+
+
+def _smallest_k(ks: Sequence[int], means: np.ndarray, full: float, allowance: Callable[[float], float]) -> int | None:
+    """Return the smallest of `ks` such that it and all larger ones exceed `full` by no more than is allowed."""
+    found, most = None, full + allowance(full)
     for k, mean in sorted(zip(ks, means, strict=True), reverse=True):
-        if mean > full + delta * (abs(full) if scale is None else scale):
+        if mean > most:
             break
         found = k
     return found
@@ -243,6 +256,7 @@ def measure_memory(
     delta: float = 0.01,
     seed: int = 0,
     scale: float | None = None,
+    exponential: bool = False,
     layers: bool = True,
     exponents: int | Literal["all"] = 16,
     steps: int = 10_000,
@@ -270,6 +284,7 @@ def measure_memory(
         delta: the relative loss by which k* is defined.
         seed: seed of the sample.
         scale: what `delta` is a share of, for losses whose full value says nothing (default: the full loss).
+        exponential: `delta` is a share of exp(loss): for a loss in nats that is judged as a perplexity.
         layers: whether to measure gradients and recurrent layers as well.
         exponents: how many Lyapunov exponents to compute, or "all".
         steps: over how many steps they are averaged.
@@ -298,7 +313,7 @@ def measure_memory(
         full = sample.full(taps, wanted, say)
         measured = {k: sample.at(k, say) for k in (ks or _powers_of_two(_longest(data, longest)))}
         if ks is None:
-            _bisect(measured, full, lambda k: sample.at(k, say), delta, scale)
+            _bisect(measured, full, lambda k: sample.at(k, say), partial(_allowed, delta, scale, exponential))
         gradient = sample.gradient(min(longest, GRADIENT_LAGS), scale is None, say) if layers else None
         if layers and gradient is None:
             notes.append("not measured: the decay of gradients, because the loss has no derivative by the inputs")
@@ -309,7 +324,7 @@ def measure_memory(
     contexts = [c for c in map(sample.reader.context, sample.lengths.values()) if c is not None]
     curve = np.stack([measured[k] for k in order])
     context = min(contexts, default=None)
-    return MemoryProfile(order, curve, full, gradient, tuple(seen), scale, context, tuple(notes))
+    return MemoryProfile(order, curve, full, gradient, tuple(seen), scale, exponential, context, tuple(notes))
 
 
 def _check_settings(ks: Sequence[int] | None, *, delta: float, exponents: int | Literal["all"], **counts: int) -> None:
@@ -396,14 +411,13 @@ def _bisect(
     measured: dict[int, np.ndarray],
     full: np.ndarray,
     at: Callable[[int], np.ndarray],
-    delta: float,
-    scale: float | None,
+    allowance: Callable[[float], float],
 ) -> None:
     """Measure integers between the last k that fails and the first that passes until they are neighbours."""
     while True:
         ks = sorted(measured)
         means = np.array([measured[k].mean() for k in ks])
-        passing = _smallest_k(ks, means, float(full.mean()), delta, scale)
+        passing = _smallest_k(ks, means, float(full.mean()), allowance)
         failing = max((k for k in ks if passing is not None and k < passing), default=None)
         if passing is None or failing is None or passing - failing <= 1:
             return

@@ -1,0 +1,251 @@
+"""The article's table on WikiText-2: train rows, measure them, time them, write the page.
+
+    python benchmarks/wikitext2.py train lstm certified-lstm     # rows by name (none: all); resumable
+    python benchmarks/wikitext2.py speed                         # scoring speed of what is trained; nothing else running
+    python benchmarks/wikitext2.py list                          # the rows, and which are done
+
+Checkpoints are kept below runs/wikitext-2; every row's records are written to results/wikitext-2/ROW.json as it ends: the
+test perplexity with all that was measured, and one record for each truncation length. The page is made by
+benchmarks/wikitext2_page.py.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unrecurrent import run_parallel
+from unrecurrent.bands import band_of_means
+from unrecurrent.certificate import Certificate
+from unrecurrent.checkpoint import load_model
+from unrecurrent.comparison import DELTA, HORIZON_EPS, certificate_on_data
+from unrecurrent.jobs import job_folder, run_jobs
+from unrecurrent.memory import MemoryProfile
+from unrecurrent.models import SequenceModel
+from unrecurrent.models.recurrent import RecurrentModel
+from unrecurrent.recipes import find_recipe
+from unrecurrent.records import Record, make_record, write_records
+from unrecurrent.task_memory import measure_on_task, memory_data
+from unrecurrent.tasks import Task, get_task
+from unrecurrent.worker import Job
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS, RESULTS = ROOT / "runs" / "wikitext-2", ROOT / "results" / "wikitext-2"
+THREADS = 2
+#: the lengths the recurrent models are truncated to; the last ones belong to the curve only
+TRUNCATED = (5, 10, 20, 35, 64)
+CURVE = (1, 2, 3, *TRUNCATED, 128, 256, 512)
+POSITIONS = 4096
+#: how the scoring speed is taken: on so many words of the test text in one sequence, this often
+SCORED, ROUNDS = 32_768, 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a model, what differs from its recipe, and in which table it stands."""
+
+    model: str
+    table: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 1
+    variant: str | None = None
+
+
+def size(hidden: int) -> dict[str, int]:
+    return {"hidden_size": hidden}
+
+
+ONE_SIZE = "one size"
+#: the certified model designed to win: wider state, a gated convolution over two words in front, a rate of 0.995
+WINNER = {"hidden_size": 340, "rate": 0.995, "input_kernel": 2}
+ROWS = {
+    "lstm": Row("lstm", ONE_SIZE, size(256), seeds=2),
+    "certified-lstm-wide": Row(
+        "certified-lstm", ONE_SIZE, WINNER, seeds=2, variant="wider, gated convolution over 2 words"
+    ),
+    "rnn": Row("rnn", ONE_SIZE, size(256)),
+    "stable-rnn": Row("stable-rnn", ONE_SIZE, size(256)),
+    "certified-lstm": Row("certified-lstm", ONE_SIZE, size(256) | {"rate": 0.995}),
+    "stable-lstm": Row("stable-lstm", ONE_SIZE, size(256)),
+    "certified-rnn": Row("certified-rnn", ONE_SIZE, size(256)),
+    "gru": Row("gru", ONE_SIZE, size(256)),
+    "certified-gru": Row("certified-gru", ONE_SIZE, size(256) | {"rate": 0.995}),
+    "certified-lstm-plain": Row("certified-lstm-plain", ONE_SIZE, size(256) | {"rate": 0.995}),
+    "certified-lstm-coupled": Row("certified-lstm-coupled", ONE_SIZE, size(256) | {"rate": 0.995}),
+    "mingru": Row("mingru", ONE_SIZE, size(256)),
+    "lstm-front": Row("lstm", ONE_SIZE, size(256) | {"input_kernel": 2}, variant="gated convolution over 2 words"),
+    "gated-conv": Row("gated-conv", "feed-forward", size(128)),
+    "tcn": Row("tcn", "feed-forward", size(136)),
+    "window": Row("window", "feed-forward", size(196)),
+}
+for rate in (0.8, 0.95, 0.98, 0.995):
+    for model in ("certified-lstm", "certified-gru"):
+        ROWS[f"{model}-{rate}"] = Row(model, "price", size(256) | {"rate": rate}, {"epochs": 3})
+for model in ("lstm", "stable-lstm", "gru"):
+    ROWS[f"{model}-3"] = Row(model, "price", size(256), {"epochs": 3})
+
+
+def job(name: str, task: Task, seed: int) -> Job:
+    """Return the training of a row, in a folder of its own."""
+    row = ROWS[name]
+    recipe = find_recipe(task, row.model)
+    settings = {**recipe.settings, **row.settings}
+    training = replace(recipe.training, seed=seed, **row.training)
+    fingerprint = json.dumps([task.digest(), row.model, settings, asdict(training)], sort_keys=True)
+    folder = job_folder(RUNS, f"{name}-seed{seed}", fingerprint)
+    return Job(task.name, None, row.model, settings, training, str(folder), threads=THREADS)
+
+
+def train(name: str, task: Task) -> list[Record]:
+    """Train a row from all its seeds, measure the first, and return its records."""
+    row = ROWS[name]
+    results = [run_jobs([job(name, task, seed)], [f"{name}, seed {seed}"])[0] for seed in range(row.seeds)]
+    broken = [result["diverged"] for result in results if "diverged" in result]
+    if broken:
+        raise SystemExit(f"{name}: {broken[0]}")
+    tests = [exp(result["test_loss"]) for result in results]
+    model, _ = load_model(Path(results[0]["folder"]))
+    proof = certificate_on_data(model, task) if isinstance(model, RecurrentModel) else None
+    profile = measured(model, task)
+    base = {
+        "command": f"python benchmarks/wikitext2.py train {name}",
+        "task": task.name,
+        "model": row.model,
+        "metric": "ppl",
+        "split": "test",
+        "row": name,
+        "table": row.table,
+        "hidden_size": row.settings["hidden_size"],
+        "params": results[0]["parameters"],
+        "epochs": results[0]["epochs"],
+    }
+    main = make_record(
+        **base,
+        variant=row.variant,
+        mean=round(statistics.mean(tests), 3),
+        std=round(statistics.stdev(tests), 3) if len(tests) > 1 else None,
+        seeds=len(tests),
+        valid_mean=round(statistics.mean(exp(result["valid_loss"]) for result in results), 3),
+        valid_by_epoch=[round(exp(epoch["valid_loss"]), 2) for epoch in results[0]["history"]],
+        minutes=round(statistics.mean(result["minutes"] for result in results), 2),
+        train_tokens_per_s=round(results[0]["tokens"] / (60 * results[0]["minutes"])),
+        receptive_field=model.receptive_field,
+        k_star=profile.k(DELTA),
+        local_rate=max((layer.local_rate for layer in profile.layers), default=None),
+        settings=dict(job(name, task, 0).settings),
+        training={key: value for key, value in asdict(job(name, task, 0).training).items() if key != "seed"},
+        **proved(proof),
+    )
+    cut = [truncated(base, row, profile, tests[0], k) for k in profile.ks] if model.recurrent else []
+    return [main, *cut]
+
+
+def proved(proof: Certificate | None) -> dict[str, Any]:
+    if proof is None or not proof.stable:
+        return {"certified_rate": None, "certified_horizon": None}
+    return {"certified_rate": proof.rate, "certified_horizon": proof.horizon(HORIZON_EPS)}
+
+
+def measured(model: SequenceModel, task: Task) -> MemoryProfile:
+    """Return the truncation curve at the lengths of the table and the local rate."""
+    return measure_on_task(
+        model, task, memory_data(task), ks=CURVE, positions=POSITIONS, delta=DELTA, exponents=1, steps=512
+    )
+
+
+def truncated(base: Mapping[str, Any], row: Row, profile: MemoryProfile, test: float, k: int) -> Record:
+    """Return the perplexity with the last k words only: that of the whole test text, times exp of the mean extra loss."""
+    extra = profile.losses[profile.ks.index(k)] - profile.full_losses
+    (low,), (high,) = band_of_means(extra[None])
+    return make_record(
+        **{**base, "k": k},
+        variant=", ".join(filter(None, (row.variant, "truncated, evaluated"))),
+        mean=round(test * exp(float(np.mean(extra))), 3),
+        low=round(test * exp(float(low)), 3),
+        high=round(test * exp(float(high)), 3),
+        std=None,
+        seeds=1,
+        positions=POSITIONS,
+    )
+
+
+@torch.no_grad()
+def speed(name: str, task: Task) -> list[Record]:
+    """Return how much faster `run_parallel` scores a long text than the layers themselves, sequences of one."""
+    row, folder = ROWS[name], Path(job(name, task, 0).folder)
+    model, _ = load_model(folder)
+    if not isinstance(model, RecurrentModel):
+        return []
+    (stream,) = task.load("test")
+    words = stream.inputs[None, :SCORED].long()
+    assert model.embedding is not None
+    x = model.embedding(words)
+    if model.front is not None:
+        x, _ = model.front(x, model.front.convolution.queue(1))
+    proof = certificate_on_data(model, task)
+    proof_given = proof if proof.stable else None
+    seconds: tuple[list[float], list[float]] = ([], [])
+    evidence: Any = None
+    for turn in range(ROUNDS + 1):
+        began = time.perf_counter()
+        model.recurrence(x)
+        between = time.perf_counter()
+        *_, evidence = run_parallel(model.recurrence, x, certificate=proof_given)
+        if turn:
+            seconds[0].append(between - began)
+            seconds[1].append(time.perf_counter() - between)
+    sequential, parallel = (statistics.median(part) for part in seconds)
+    return [
+        make_record(
+            command=f"python benchmarks/wikitext2.py speed {name}",
+            task=task.name,
+            model=row.model,
+            variant=", ".join(filter(None, (row.variant, "scoring by run_parallel"))),
+            metric="speedup",
+            split="test",
+            mean=round(sequential / parallel, 3),
+            seeds=1,
+            baseline="sequential",
+            row=name,
+            hidden_size=model.hidden_size,
+            score_tokens_per_s=round(SCORED / parallel),
+            warmup=evidence.warmup,
+            sweeps=evidence.sweeps,
+            certified_rate=proof.rate if proof.stable else None,
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("train", "speed", "list"))
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.rows if name not in ROWS]
+    if unknown:
+        parser.error(f"unknown row {unknown[0]!r}: rows are {', '.join(ROWS)}")
+    torch.set_num_threads(THREADS)
+    task = get_task("wikitext-2")
+    for name in arguments.rows or ROWS:
+        target = RESULTS / f"{name}.json"
+        if arguments.verb == "list":
+            print(f"{name:28} {ROWS[name].table:14} {'done' if target.exists() else ''}")
+        elif arguments.verb == "train":
+            records = train(name, task)
+            write_records(target, records)
+            print(name, {key: records[0][key] for key in ("mean", "valid_mean", "params", "minutes", "certified_rate")})
+        elif target.exists():
+            write_records(RESULTS / "speed" / f"{name}.json", speed(name, task))
+
+
+if __name__ == "__main__":
+    main()
