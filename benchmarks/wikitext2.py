@@ -1,11 +1,11 @@
 """The article's table on WikiText-2: train rows, measure them, time them, write the page.
 
     python benchmarks/wikitext2.py train lstm certified-lstm     # rows by name (none: all); resumable
-    python benchmarks/wikitext2.py speed                         # scoring speed of what is trained; nothing else running
+    python benchmarks/wikitext2.py speed                         # scoring speed of what is trained; nothing else runs
     python benchmarks/wikitext2.py list                          # the rows, and which are done
 
-Checkpoints are kept below runs/wikitext-2; every row's records are written to results/wikitext-2/ROW.json as it ends: the
-test perplexity with all that was measured, and one record for each truncation length. The page is made by
+Checkpoints are kept below runs/wikitext-2; every row's records are written to results/wikitext-2/ROW.json as it ends:
+the test perplexity with all that was measured, and one record for each truncation length. The page is made by
 benchmarks/wikitext2_page.py.
 """
 
@@ -163,7 +163,7 @@ def measured(model: SequenceModel, task: Task) -> MemoryProfile:
 
 
 def truncated(base: Mapping[str, Any], row: Row, profile: MemoryProfile, test: float, k: int) -> Record:
-    """Return the perplexity with the last k words only: that of the whole test text, times exp of the mean extra loss."""
+    """Return the perplexity with the last k words only: that of the whole text, times exp of the mean extra loss."""
     extra = profile.losses[profile.ks.index(k)] - profile.full_losses
     (low,), (high,) = band_of_means(extra[None])
     return make_record(

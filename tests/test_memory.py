@@ -150,3 +150,11 @@ def test_settings_out_of_range_are_one_sentence(settings, said):
     x = torch.randn(20, 2)
     with pytest.raises(InputError, match=said):
         measure_memory(Delay(1), [(x, x)], squared, **settings)
+
+
+def test_a_share_of_the_exponential_is_a_sum_in_nats():
+    losses = np.array([[4.1], [4.02], [4.009], [4.0]])
+    profile = MemoryProfile((1, 2, 3, 4), losses, np.array([4.0]), exponential=True)
+    assert (profile.k(0.01), profile.k(0.03)) == (3, 2)
+    assert MemoryProfile((1, 2, 3, 4), losses, np.array([4.0])).k(0.01) == 2
+    assert "exponential of the loss" in profile.verdict()

@@ -19,8 +19,8 @@ SMALL = {
 }
 
 
-def small_model(name, interface):
-    return build_model(name, interface, SMALL.get(name, {"hidden_size": 5, "layers": 2})).eval()
+def small_model(name, interface, **extra):
+    return build_model(name, interface, SMALL.get(name, {"hidden_size": 5, "layers": 2}) | extra).eval()
 
 
 def sample(interface, batch, steps):
@@ -29,10 +29,25 @@ def sample(interface, batch, steps):
     return torch.randn(batch, steps, interface.features)
 
 
-@pytest.mark.parametrize("interface", [PIANO, TEXT], ids=["features", "symbols"])
-@pytest.mark.parametrize("name", model_names())
-def test_step_and_pieces_agree_with_forward(name, interface):
-    model = small_model(name, interface)
+#: recurrent models whose inputs need no bound may read them through a convolution
+WITH_FRONT = ("rnn", "lstm", "gru", "stable-rnn", "certified-rnn", "certified-lstm")
+
+
+def views():
+    """Yield the names of models with an interface and settings that change what they read or how they answer."""
+    for name in model_names():
+        yield pytest.param(name, PIANO, {}, id=f"{name}-features")
+        yield pytest.param(name, TEXT, {}, id=f"{name}-symbols")
+        yield pytest.param(name, TEXT, {"tied": True, "embedding_size": 5}, id=f"{name}-tied")
+        yield pytest.param(name, TEXT, {"tied": True, "embedding_size": 3}, id=f"{name}-tied-narrower")
+    for name in WITH_FRONT:
+        yield pytest.param(name, TEXT, {"input_kernel": 3}, id=f"{name}-front")
+        yield pytest.param(name, PIANO, {"input_kernel": 2}, id=f"{name}-front-features")
+
+
+@pytest.mark.parametrize(("name", "interface", "extra"), list(views()))
+def test_step_and_pieces_agree_with_forward(name, interface, extra):
+    model = small_model(name, interface, **extra)
     inputs = sample(interface, 3, 63)
     whole = model(inputs)
     assert whole.shape == (3, 63, interface.outputs)
@@ -157,3 +172,18 @@ def test_constrained_models_keep_their_rate_under_the_training_loops_optimizer(n
     loaded = build_model(name, PIANO, {"hidden_size": 12})
     loaded.load_state_dict(model.state_dict())
     assert torch.equal(loaded.eval()(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("name", ["certified-gru", "stable-lstm", "certified-lstm-plain", "certified-lstm-coupled"])
+def test_models_that_need_bounded_inputs_refuse_a_convolution_before_them(name):
+    with pytest.raises(InputError, match="leave out input_kernel"):
+        small_model(name, TEXT, input_kernel=2)
+
+
+def test_tied_words_share_one_table_and_need_the_same_symbols():
+    model = small_model("lstm", TEXT, tied=True, embedding_size=5)
+    assert model.readout.weight is model.embedding.weight
+    narrower = small_model("lstm", TEXT, tied=True, embedding_size=3)
+    assert narrower.readout.weight is narrower.embedding.weight
+    with pytest.raises(InputError, match="same symbols"):
+        small_model("lstm", PIANO, tied=True)

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from unrecurrent import InputError
+from unrecurrent.models import build_model
+from unrecurrent.recipes import default_parameters, find_recipe
+from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import Metric, get_task
-from unrecurrent.training import TrainingConfig, TrainingRun, evaluate
+from unrecurrent.training import TrainingConfig, TrainingRun, evaluate, task_interface
 
 LINES = {
     "train": " \n = Title = \n\n the cat sat on the <unk> mat . \n the dog sat . \n" * 30,
@@ -135,3 +138,28 @@ def test_a_long_corpus_is_mapped_and_not_held(home):
     assert inputs.dtype == targets.dtype == torch.int32
     assert inputs.untyped_storage().data_ptr() == targets.untyped_storage().data_ptr()
     assert len(targets) == len(text.split()) + text.count("\n")
+
+
+@pytest.mark.parametrize("name", ["lstm", "mingru", "window"])
+def test_memory_is_measured_by_perplexity_without_all_logits(home, name):
+    """Features stand in for logits: the losses are the model's, and k* is about the exponential of their mean."""
+    task = get_task("ptb", data_dir=home)
+    settings = {"hidden_size": 6, "embedding_size": 4, "tied": True}
+    model = build_model(name, task_interface(task), settings).eval()
+    profile = measure_on_task(model, task, memory_data(task), positions=10_000, longest=16, steps=40)
+    assert profile.full == pytest.approx(evaluate(model, task, task.load("test")), rel=1e-5)
+    assert profile.exponential
+    assert profile.gradient_decay is not None
+    assert bool(profile.layers) == model.recurrent
+    k = profile.k(0.01)
+    means = dict(zip(profile.ks, profile.losses.mean(1), strict=True))
+    assert math.exp(means[k] - profile.full) <= 1.01
+
+
+@pytest.mark.parametrize("name", ["mingru", "certified-lstm-plain", "certified-lstm-coupled", "tcn"])
+def test_every_model_has_a_recipe_for_words(home, name):
+    task = get_task("ptb", data_dir=home)
+    recipe = find_recipe(task, name)
+    assert recipe.training.sampled_words
+    assert default_parameters(task) == 257 * task.outputs + 526_000
+    build_model(name, task_interface(task), recipe.settings)

@@ -53,6 +53,10 @@ class _Features(nn.Module):
     def advance(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         return self.model.advance_hidden(inputs.long(), cache)
 
+    def step(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        hidden, cache = self.advance(inputs.unsqueeze(1), cache)
+        return hidden.squeeze(1), cache
+
     def forward(self, inputs: Tensor) -> Tensor:
         return self.advance(inputs, self.init_cache(len(inputs)))[0]
 

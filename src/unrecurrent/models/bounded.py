@@ -1,9 +1,12 @@
 """Inputs whose entries are bounded, which some certificates need: clipped features, projected embeddings."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from unrecurrent.models.sequence_model import SequenceModel
+from unrecurrent.errors import InputError
+from unrecurrent.models.sequence_model import Interface, SequenceModel
 
 
 class BoundedInputs(SequenceModel):
@@ -14,6 +17,14 @@ class BoundedInputs(SequenceModel):
     """
 
     input_bound: float = 1.0
+
+    def __init__(self, interface: Interface, **settings: Any):
+        if settings.get("input_kernel", 1) > 1:
+            raise InputError(
+                "a convolution in front of the recurrence would leave its inputs without a bound: leave out"
+                " input_kernel, or take certified-lstm, which needs none"
+            )
+        super().__init__(interface, **settings)
 
     @torch.no_grad()
     def clip_embedding(self) -> None:
