@@ -125,6 +125,21 @@ def test_packed_sequence_falls_back_whole():
     assert torch.equal(y.data, module(packed)[0].data)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_packed_sequences_too_short_for_chunks_run_together(bidirectional):
+    """They do not throw away what was gained on the others."""
+    module = nn.LSTM(3, 5, bidirectional=bidirectional)
+    lengths = [1, 210, 1, 150]
+    packed = pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=False)
+    h0 = start(module, 4)
+    y, state, evidence = run_parallel(module, packed, h0, chunks=3, warmup=45)
+    own, own_state = module(packed, h0)
+    assert evidence.mode == "parallel"
+    assert evidence.note == "2 of 4 sequences, the shortest, ran step by step"
+    assert evidence.steps == sum(lengths)
+    assert_same((y.data, state), (own.data, own_state), 1e-4)
+
+
 def test_packed_sequences_are_compared_with_the_run_of_the_whole_batch():
     """Sixty-four sequences at once are already parallel: running one after the other in chunks would be no gain."""
     module, x = nn.LSTM(3, 64), torch.randn(1500, 64, 3)
@@ -457,6 +472,19 @@ def test_certificate_bounds_every_output(make, warmup):
     assert "(proved)" in str(evidence)
 
 
+def test_a_slow_certificate_bounds_short_chunks():
+    """Over a few steps errors may grow before they fall; in the norm of the proof they fall from the first step on."""
+    module, x = StableLSTM(3, 40, rate=0.999).double(), torch.rand(300, 1, 3, dtype=torch.float64)
+    certificate = certify(module)
+    assert certificate.weights is not None
+    with torch.no_grad():
+        y, _, evidence = run_parallel(module, x, tol=0.5, chunks=60, warmup=3, certificate=certificate)
+        off = (y - module(x)[0]).abs().max().item()
+    assert evidence.mode == "parallel"
+    assert evidence.bound is not None
+    assert 0 < off <= evidence.bound
+
+
 def test_certificate_that_does_not_hold_is_not_used():
     module, x = StableLSTM(3, 5, rate=0.9), torch.randn(300, 1, 3)
     certificate = certify(module, input_bound=0.01)
@@ -565,6 +593,41 @@ def test_bad_input_gets_one_sentence():
         run_parallel(module, x, chunks=2, warmup=20, out=torch.empty(99, 2, 5))
     with one_sentence("must return"):
         run_parallel(OutputsOnly(), x)
+    with one_sentence("h0 is torch.float64 on cpu but the module computes in torch.float32"):
+        run_parallel(module, x, tuple(torch.zeros(1, 2, 5, dtype=torch.float64) for _ in range(2)))
+    with one_sentence("out is x itself"):
+        run_parallel(nn.LSTM(3, 3), (same := torch.randn(100, 2, 3)), out=same)
+    with one_sentence("chunks is True"):
+        run_parallel(module, x, chunks=True)
+    assert run_parallel(module, x, chunks=np.int64(2), warmup=np.int32(45))[2].chunks == 2
+
+
+def test_missing_values_late_in_an_array_are_seen_where_the_module_runs_by_itself(monkeypatch):
+    monkeypatch.setattr("unrecurrent.parallel._SPAN_BYTES", 100_000)
+    x = np.random.default_rng(0).normal(size=(12_000, 1, 3)).astype(np.float32)
+    x[11_000] = np.nan
+    with one_sentence("NaN"):
+        run_parallel(chaotic(nn.LSTM), x)
+
+
+def test_a_module_may_call_a_layer_dropout():
+    class Regularised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.dropout = nn.LSTM(3, 5), nn.Dropout(0.0)
+
+        def forward(self, x, hx=None):
+            y, state = self.lstm(x, hx)
+            return self.dropout(y), state
+
+    module, x = Regularised(), torch.randn(300, 1, 3)
+    assert_same(run_parallel(module, x, chunks=3, warmup=45)[:2], module(x), 1e-4)
+
+
+def test_bidirectional_with_a_parametrization():
+    module, x = nn.LSTM(3, 5, bidirectional=True), torch.randn(300, 1, 3)
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0_reverse")
+    assert_same(run_parallel(module, x, chunks=3, warmup=45)[:2], module(x), 1e-4)
 
 
 def test_module_with_a_start_state_of_its_own_must_be_told():

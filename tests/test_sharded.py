@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from unrecurrent.errors import InputError
-from unrecurrent.sharded import run_sharded
+from unrecurrent.sharded import accumulated, run_sharded
 
 RANKS, STEPS = 2, 2400
 SCRIPT = """
@@ -16,6 +16,7 @@ import sys
 import numpy as np, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from test_sharded import CASES, RANKS, STEPS, inputs, make
+from unrecurrent.errors import InputError
 from unrecurrent.sharded import run_sharded
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -24,6 +25,15 @@ for name, (kind, options) in CASES.items():
     y, state, evidence = run_sharded(module, x, h0, **options)
     kept = {"y": y, "state": state, "evidence": evidence.to_dict()}
     torch.save(kept, f"{sys.argv[2]}/{name}-{dist.get_rank()}.pt")
+x, _ = inputs("gru")
+x[-1] = float("nan")  # on the last rank alone
+said = []
+for options in ({"chunks": 4, "warmup": 60}, {}, {"chunks": 1}):
+    try:
+        run_sharded(make("gru"), x, **options)
+    except InputError as error:
+        said.append(str(error))
+torch.save(said, f"{sys.argv[2]}/missing-{dist.get_rank()}.pt")
 x = np.memmap(sys.argv[2] + "/x", np.float32, "r", shape=(STEPS, 1, 3))
 out = np.memmap(sys.argv[2] + "/out", np.float32, "r+", shape=(STEPS, 1, 8))
 run_sharded(make("gru"), x, chunks=4, warmup=60, out=out)
@@ -106,6 +116,20 @@ def test_ranks_together_give_the_sequential_answer(folder, name):
         elif options:
             assert evidence["mode"] == "parallel"
             assert (evidence["sweeps"] > 0) == (name == "swept")
+
+
+def test_missing_values_on_one_rank_are_an_error_on_all(folder):
+    """None of them waits for one that has stopped."""
+    first, last = (torch.load(folder / f"missing-{rank}.pt") for rank in range(RANKS))
+    assert len(first) == len(last) == 3
+    assert all("another rank" in said for said in first)
+    assert all("NaN" in said for said in last)
+
+
+def test_errors_add_up_over_ranks():
+    """A rank whose own boundary agrees is still off by what is left of the errors before it."""
+    errors = accumulated([(0.0, 1.5, 0.9, 0.1), (0.05, 1.5, 0.9, 0.1), (0.0, 1.5, 0.9, 0.1)])
+    assert errors == pytest.approx([0.1, 0.325, 0.1 + 1.5 * (0.1 + 0.9 * 0.15)])
 
 
 def test_ranks_write_into_one_memory_map(folder):

@@ -186,6 +186,13 @@ def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engin
     return plain
 
 
+def refuse_dropout(module: nn.Module) -> None:
+    """Raise `InputError` where dropout between the layers is on; what a module of one's own calls so may be a layer."""
+    dropout = getattr(module, "dropout", 0)
+    if module.training and isinstance(dropout, int | float) and dropout > 0:
+        raise InputError("dropout between the layers makes every run different: call module.eval() first")
+
+
 def parts_of(state: Any) -> State:
     """The state as a tuple of its parts: (h,) for an RNN or GRU, (h, c) for an LSTM."""
     return (state,) if isinstance(state, Tensor) else tuple(state)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unrecurrent.bands import COVERAGE, Decay, band_of_means, resampling_weights, spread_lags
 from unrecurrent.certificate import Certificate
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, is_whole
 from unrecurrent.layer_memory import LANES, LayerMemory, measure_layer
 from unrecurrent.progress import progress_bars
 from unrecurrent.reading import Piece, Reader
@@ -341,7 +341,7 @@ def _check_settings(ks: Sequence[int] | None, *, delta: float, exponents: int | 
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+    if not (is_whole(value) and value >= least):  # type: ignore[operator]
         raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 

@@ -26,10 +26,12 @@ from unrecurrent.engines import (
     StepCost,
     choose_engine,
     parts_of,
+    refuse_dropout,
     sequential_step,
     step_cost,
 )
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, is_whole
+from unrecurrent.pages import new_empty
 
 Verify = Literal["pilot", "outputs"]
 
@@ -57,7 +59,8 @@ class Evidence:
 
     `max_mismatch`: largest distance, over the boundaries, between a chunk's start state and the end state of the chunk
     before it (max norm over all parts of the state). `gain`: largest change of a kept output or end state per change of
-    the start state, over the chunks run a second time from perturbed states. `error_estimate`: largest gain × error of
+    the start state, over the chunks run a second time from perturbed states; `left`: of their end states alone.
+    `error_estimate`: largest gain × error of
     a start state (its mismatch, and what is left of the error before). `bound`: proved bound on the change of every
     output (real arithmetic), when a certificate held. `sequential_depth`: steps that had to wait for one another, pilot
     and checks included. `fallback`: why the module ran step by step.
@@ -74,6 +77,7 @@ class Evidence:
     max_mismatch: float = 0.0
     gain: float | None = None
     gain_chunks: int = 0
+    left: float | None = None
     error_estimate: float = 0.0
     bound: float | None = None
     forgetting_rate: float | None = None
@@ -195,7 +199,7 @@ class _Attempt:
     def _keep(self, rows: slice | Tensor, begin: int, y: Tensor) -> None:
         plan = self.plan
         if self.y is None:
-            self.y = y.new_empty(plan.chunks * plan.length, *y.shape[2:])
+            self.y = new_empty(y, plan.chunks * plan.length, *y.shape[2:])
         table = self.y.unflatten(0, (plan.chunks, plan.length))
         table[rows, begin - plan.warmup : begin - plan.warmup + y.shape[1]] = y
 
@@ -356,7 +360,7 @@ class _Options(NamedTuple):
     @classmethod
     def checked(cls, tol: float, chunks: Any, warmup: Any, verify: Any, certificate: Any) -> "_Options":
         for name, value, least in (("chunks", chunks, 1), ("warmup", warmup, 0)):
-            if value != "auto" and not (isinstance(value, int) and value >= least):
+            if value != "auto" and not (is_whole(value) and value >= least):
                 raise InputError(f'{name} is {value!r}: give a whole number from {least} on, or "auto"')
         if verify not in ("pilot", "outputs"):
             raise InputError(f'verify is {verify!r}: choose "pilot" or "outputs"')
@@ -392,6 +396,7 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry
         max_mismatch=check.mismatch.max().item(),
         gain=check.gain,
         gain_chunks=check.gain_chunks,
+        left=check.left,
         error_estimate=check.error,
         bound=check.bound,
         forgetting_rate=rate,
@@ -548,6 +553,7 @@ class _Check:
         self.sweeps = 0
         self.gain: float | None = None
         self.gain_chunks = 0
+        self.left: float | None = None
         self.bound: float | None = None
         self.end_error: Tensor | None = None
         self.note: str | None = None
@@ -615,6 +621,7 @@ class _Check:
                 some = torch.linspace(1, others, min(others, _GAIN_CHUNKS), device=self.mismatch.device)
                 gain = attempt.gain_of_some(some.round().long(), tol)
         self.gain, self.gain_chunks = gain.largest.max().item(), len(gain.largest)
+        self.left = gain.left.max().item()
         if not self.gain * torch.finfo(self.mismatch.dtype).eps <= tol:
             raise _GiveUp(f"differences grow {self.gain:.1e} times inside a chunk, so that rounding exceeds tol")
         if self.options.verify == "outputs":
@@ -657,7 +664,15 @@ def _propagated(certificate: Certificate, error: Tensor, plan: _Plan) -> tuple[f
     """
     if not error.any():
         return 0.0, error
-    v = error.clamp(min=1e-3 * error.max().item())
+    bound = _bound_from(certificate, error.clamp(min=1e-3 * error.max().item()), plan)
+    weights = certificate.weights
+    if math.isinf(bound[0]) and weights is not None:  # in the norm of the proof T shrinks from the first step on
+        bound = _bound_from(certificate, (error / weights).max() * weights, plan)
+    return bound
+
+
+def _bound_from(certificate: Certificate, v: Tensor, plan: _Plan) -> tuple[float, Tensor]:
+    """The same from errors of at most v at every boundary; infinite where T^n(v) does not come to lie below v."""
     e, worst_hidden, growth = v, 0.0, 1.0
     for _ in range(plan.length - plan.offset):
         e = certificate.propagate(e)
@@ -715,8 +730,7 @@ class _Call(NamedTuple):
 
 
 def _check_module(module: nn.Module) -> None:
-    if module.training and getattr(module, "dropout", 0) > 0:
-        raise InputError("dropout between the layers makes every run different: call module.eval() first")
+    refuse_dropout(module)
     if getattr(module, "bidirectional", False) and not isinstance(module, nn.RNNBase):
         raise InputError(
             "only nn.RNN, nn.LSTM and nn.GRU can be bidirectional here: run the two directions by themselves"
@@ -738,6 +752,10 @@ def _check_state(state: State, template: State) -> None:
     given, wanted = ([tuple(part.shape) for part in parts] for parts in (state, template))
     if given != wanted:
         raise InputError(f"h0 has shape {given}, but the module's state has shape {wanted}")
+    types = [(part.dtype, part.device) for part in state], [(part.dtype, part.device) for part in template]
+    if types[0] != types[1]:
+        (dtype, device), (own, own_device) = types[0][0], types[1][0]
+        raise InputError(f"h0 is {dtype} on {device} but the module computes in {own} on {own_device}: convert it")
     if any(not part.isfinite().all() for part in state):
         raise InputError("h0 holds NaN or infinite values: give finite numbers")
 
@@ -772,9 +790,11 @@ def _one_direction(module: nn.RNNBase, layer: int, direction: int) -> nn.RNNBase
     width = module.input_size if layer == 0 else 2 * (module.proj_size or module.hidden_size)
     single = kind(width, module.hidden_size, bias=module.bias, device="meta", **special)
     suffix = f"_l{layer}" + "_reverse" * direction
-    for name, parameter in module.named_parameters():
-        if name.endswith(suffix):
-            setattr(single, name.removesuffix(suffix) + "_l0", parameter)
+    for name in [name.removesuffix("_l0") for name, _ in single.named_parameters()]:
+        weight = getattr(module, name + suffix)
+        if not isinstance(weight, nn.Parameter):  # a parametrization computes it
+            delattr(single, f"{name}_l0")
+        setattr(single, f"{name}_l0", weight)
     return single
 
 
@@ -837,15 +857,38 @@ def _run_packed(module: nn.Module, x: PackedSequence, h0: Any, options: _Options
             run = _run_bidirectional if getattr(module, "bidirectional", False) else _run_spans
             results[b] = run(call, options)
         except _GiveUp as reason:
-            y, state = module(x, h0)
-            return y, state, _sequential_evidence(int(lengths.sum()), options, str(reason), begun)
+            # What is left is shorter; where only its length is in the way, what is done already may stand.
+            if not (results and isinstance(reason, _NotWorthIt)):
+                y, state = module(x, h0)
+                return y, state, _sequential_evidence(int(lengths.sum()), options, str(reason), begun)
+            results |= _run_the_rest(module, padded, lengths, h0, [c for c in range(len(lengths)) if c not in results])
+            break
     order = range(padded.shape[1]) if x.sorted_indices is None else x.sorted_indices.tolist()
     y = torch.nn.utils.rnn.pad_sequence([results[b].y[:, 0] for b in order])
     data = pack_padded_sequence(y, lengths[list(order)]).data
     state = tuple(torch.cat(parts, dim=1) for parts in zip(*(results[b].state for b in sorted(results)), strict=True))
-    evidence = _merged([results[b].evidence for b in sorted(results)])
+    evidence = _merged([result.evidence for result in results.values() if result.evidence.mode == "parallel"])
+    rest = sum(result.evidence.mode == "sequential" for result in results.values())
+    if rest:
+        steps, note = int(lengths.sum()), f"{rest} of {len(results)} sequences, the shortest, ran step by step"
+        evidence = replace(evidence, steps=steps, note=note)
     packed = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
     return packed, call.plain.pack(state), evidence
+
+
+def _run_the_rest(module: nn.Module, padded: Tensor, lengths: Tensor, h0: Any, rest: list[int]) -> dict[int, _Result]:
+    """The sequences too short to gain anything, in one call of the module."""
+    start = None if h0 is None else _packed_like(h0, tuple(part[:, rest] for part in parts_of(h0)))
+    packed = pack_padded_sequence(padded[: int(lengths[rest].max()), rest], lengths[rest], enforce_sorted=False)
+    y, state = module(packed, start)
+    outputs, _ = pad_packed_sequence(y)
+    evidence = Evidence("sequential", steps=int(lengths[rest].sum()), tol=0.0, verify="pilot")
+
+    def result(n: int, b: int) -> _Result:
+        end = tuple(part[:, n : n + 1] for part in parts_of(state))
+        return _Result(outputs[: lengths[b], n : n + 1], end, evidence, None)
+
+    return {b: result(n, b) for n, b in enumerate(rest)}
 
 
 def _packed_like(given: Any, state: State) -> Any:
@@ -887,6 +930,8 @@ def _time_major(out: Any, call: _Call) -> Any:
     if not isinstance(out, Tensor | np.ndarray):
         raise InputError(f"out must be a tensor or a NumPy array, not {type(out).__name__}")
     dtype = torch.from_numpy(np.empty(0, out.dtype)).dtype if isinstance(out, np.ndarray) else out.dtype
+    if out is call.original_x:
+        raise InputError("out is x itself, which is still read when the first outputs are written: give another out")
     if dtype != call.h0[0].dtype:
         raise InputError(f"out is {dtype} but the module computes in {call.h0[0].dtype}: give an out of that type")
     if tuple(out.shape) != wanted:
@@ -903,7 +948,7 @@ def _run_sequentially(call: _Call, options: _Options, out: Any, reason: str, beg
     """The module itself, on the whole batch, from h0: in one call, or span after span into `out`."""
     evidence = _sequential_evidence(len(call.x), options, reason, begun)
     if out is None:
-        y, state = call.module(_tensor(call.original_x), call.original_h0)
+        y, state = call.module(_finite(_tensor(call.original_x)), call.original_h0)
         return y, state, evidence
     return out, call.original_state(_run_in_spans(call, call.h0, _time_major(out, call))), evidence
 
@@ -945,7 +990,7 @@ def _merged(evidences: list[Evidence]) -> Evidence:
         return sum(getattr(evidence, name) for evidence in evidences)
 
     sums = {name: total(name) for name in ("steps", "chunks", "sweeps", "sequential_depth", "gain_chunks")}
-    names = ("warmup", "max_mismatch", "gain", "error_estimate", "bound", "forgetting_rate")
+    names = ("warmup", "max_mismatch", "gain", "left", "error_estimate", "bound", "forgetting_rate")
     seconds = sum(evidence.steps / evidence.estimated_speedup for evidence in evidences)
     notes = [evidence.note for evidence in evidences if evidence.note]
     merged: dict[str, Any] = {**sums, **{name: largest(name) for name in names}}

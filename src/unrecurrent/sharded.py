@@ -5,8 +5,9 @@ the warm-up before it, runs that span with `run_parallel`, and sends its end sta
 for each boundary. The check is the same as between chunks, and so is the answer.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from unrecurrent.parallel import (
     _time_major,
 )
 
+_T = TypeVar("_T")
 _ROUNDS = 3
 _NEEDED = "the module needs its recurrence, at least on one rank"
 _PILOT_STEPS = 1 << 16
@@ -93,16 +95,16 @@ class _Shard:
         warmup = self._agreed_warmup()
         if warmup is None:
             return self._one_after_the_other(_NEEDED)
-        start = self._warmed_up(warmup)
-        end, evidence = self._run_from(start, warmup)
+        start = self._together(lambda: self._warmed_up(warmup))
+        end, evidence = self._together(lambda: self._run_from(start, warmup))
         for sweeps in range(_ROUNDS + 1):
             if self._largest(float(evidence is None)):
                 return self._one_after_the_other(_NEEDED)
             assert evidence is not None
             sent = self._from_before(end)
             mismatch = max((a - b).abs().max().item() for a, b in zip(start, sent, strict=True))
-            error = mismatch * max(1.0, evidence.gain or 1.0) + evidence.error_estimate
-            worst = self._largest(error)
+            errors = self._errors(mismatch, evidence)
+            error, worst = errors[self.rank], max(errors)
             if worst <= self.options.tol:
                 evidence = replace(
                     evidence,
@@ -112,16 +114,31 @@ class _Shard:
                     note=f"rank {self.rank} of {self.ranks}: steps {self.begin} to {self.end}",
                 )
                 return self._last(end), evidence
-            if not error <= self.options.tol:
-                start = sent
-                end, evidence = self._run_from(start, warmup)
+            again = not error <= self.options.tol and mismatch > 0
+            start = sent if again else start
+            end, evidence = self._together(lambda: self._run_from(start, warmup) if again else (end, evidence))  # noqa: B023
         return self._one_after_the_other(f"the ranks do not agree after {_ROUNDS} sweeps")
+
+    def _errors(self, mismatch: float, evidence: Evidence) -> list[float]:
+        gain, left = (1.0 if value is None else value for value in (evidence.gain, evidence.left))
+        return accumulated(self._gathered([mismatch, max(1.0, gain), min(left, gain), evidence.error_estimate]))
+
+    def _together(self, work: Callable[[], _T]) -> _T:
+        """Do a rank's own work; what is wrong with the input of one rank is an `InputError` on all of them."""
+        result, fault = None, None
+        try:
+            result = work()
+        except InputError as error:
+            fault = error
+        if not self._largest(float(fault is not None)):
+            return result  # type: ignore[return-value]
+        raise fault or InputError("the input of another rank cannot be used: its own message says why")
 
     def _agreed_warmup(self) -> int | None:
         """The longest warm-up any rank asks for; None where one rank sees that its span does not forget."""
         if self.options.warmup != "auto":
             return self.options.warmup
-        x = _finite(_tensor(self.call.x[:_PILOT_STEPS]))
+        x = self._together(lambda: _finite(_tensor(self.call.x[:_PILOT_STEPS])))
         engine = choose_engine(self.call.plain, x, differentiable=False)
         try:
             warmup: float = _forgetting(engine, x, self.options, _Ledger(None, float("inf")))[0]
@@ -176,6 +193,7 @@ class _Shard:
         return max(changes) / size
 
     def _one_after_the_other(self, reason: str) -> tuple[State, Evidence]:
+        self._together(self._check_inputs)
         state = self.call.h0 if self.rank == 0 else self._received(self.rank - 1)
         state = _run_in_spans(self.call, state, self.target)
         if self.rank + 1 < self.ranks:
@@ -190,6 +208,11 @@ class _Shard:
             fallback=reason,
         )
         return self._last(state), evidence
+
+    def _check_inputs(self) -> None:
+        """Look at every input before a rank waits for another that might not come."""
+        for begin in range(0, len(self.call.x), _PILOT_STEPS):
+            _finite(_tensor(self.call.x[begin : begin + _PILOT_STEPS]))
 
     def _from_before(self, end: State) -> State:
         """Send this rank's end state on and return that of the rank before (on the first rank: h0)."""
@@ -216,12 +239,38 @@ class _Shard:
         pieces = vector.split([part.numel() for part in self.call.h0])
         return tuple(piece.view_as(part) for piece, part in zip(pieces, self.call.h0, strict=True))
 
+    def _gathered(self, values: list[float]) -> list[list[float]]:
+        """What every rank says, in their order."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.call.h0[0].device)
+        if self.ranks == 1:
+            return [own.tolist()]
+        found = [torch.empty_like(own) for _ in range(self.ranks)]
+        dist.all_gather(found, own)
+        return [row.tolist() for row in found]
+
     def _largest(self, value: float) -> float:
         if self.ranks == 1:
             return value
         number = torch.tensor([value], dtype=torch.float64, device=self.call.h0[0].device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
+
+
+def accumulated(ranks: Sequence[Sequence[float]]) -> list[float]:
+    """For every rank gain × error of its start state + its own error, from (mismatch, gain, left, own error) of each.
+
+    A start state is off by its mismatch and by what the rank before was off at its end: `left` of its start error, and
+    its own error on top.
+
+    >>> accumulated([(0.0, 2.0, 0.5, 1.0), (0.25, 2.0, 0.5, 1.0)])
+    [1.0, 3.5]
+    """
+    before, errors = 0.0, []
+    for mismatch, gain, left, own in ranks:
+        start = mismatch + before
+        errors.append(gain * start + own)
+        before = left * start + own
+    return errors
 
 
 def _vector(state: State) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unrecurrent.errors import InputError
+from unrecurrent.engines import refuse_dropout
+from unrecurrent.errors import InputError, is_whole
 
 State = tuple[Tensor, ...]
 
@@ -54,6 +55,7 @@ class Truncated(nn.Module):
         return self._windows(x.transpose(0, 1)).transpose(0, 1) if self.batch_first else self._windows(x)
 
     def _check(self, x: Tensor) -> None:
+        refuse_dropout(self.module)
         width = self.module.input_size
         if x.dim() not in (2, 3) or x.shape[-1] != width or not x.numel():
             raise InputError(f"x has shape {tuple(x.shape)}: give (T, B, {width}) or (T, {width}), not empty")
@@ -119,6 +121,7 @@ class Truncated(nn.Module):
 
     def step(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
         """The output (B, H) after one more input (B, D), and the new cache: each window grows by x, the oldest goes."""
+        refuse_dropout(self.module)
         older = [tuple(nn.functional.pad(part[:-1], (0, 0, 0, 0, 1, 0)) for part in state) for state in cache]
         cache = self._step(self._drive(0, x), older)
         return cache[-1][-1][-1], cache
@@ -142,15 +145,14 @@ def truncate(module: nn.Module, k: int) -> Truncated:
     >>> bool(torch.allclose(y[9], lstm(x[5:10])[0][-1], atol=1e-6))
     True
     """
-    if not (isinstance(k, int) and k >= 1):
+    if not (is_whole(k) and k >= 1):
         raise InputError(f"k is {k!r}: give the number of inputs each output may depend on, at least 1")
     if getattr(module, "bidirectional", False):
         raise InputError("a bidirectional layer reads the future: truncate needs a causal one, one direction")
     if getattr(module, "proj_size", 0):
         raise InputError("projected LSTM states (proj_size) are not supported: use proj_size=0 and a linear layer")
-    if getattr(module, "dropout", 0) and module.training:
-        raise InputError("dropout between the layers makes every run different: call module.eval() first")
-    return Truncated(module, k)
+    refuse_dropout(module)
+    return Truncated(module, int(k))
 
 
 def _kind(module: nn.Module) -> str:
