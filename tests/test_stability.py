@@ -179,7 +179,7 @@ def test_warm_started_clipping_follows_the_largest_singular_values(size):
 
 def test_more_large_singular_values_than_are_followed_are_scaled_down():
     weight = 1.5 * torch.eye(40)
-    clip_top_(weight, 0.9, first_basis(weight, 4))
+    clip_top_(weight, 0.9, first_basis(weight))  # 16 are followed
     assert torch.linalg.matrix_norm(weight, 2) <= 0.9001
 
 
@@ -599,3 +599,39 @@ def test_a_stable_rnn_stays_close_to_its_rate_between_steps():
         optimizer.step()
         assert torch.linalg.matrix_norm(layer.weight_hh_l0.detach(), 2) < 1.0
     assert torch.linalg.matrix_norm(layer.eval().weight_hh_l0.detach(), 2) <= 0.95
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("size", [1, 7, 40])
+@pytest.mark.parametrize("scale", [0.01, 0.3])
+@pytest.mark.parametrize(
+    ("kind", "stated"),
+    [
+        (nn.LSTM, {"input_bound": 1.0}),
+        (nn.LSTM, {"input_bound": 1.0, "coupled": True}),
+        (nn.GRU, {"input_bound": 1.0}),
+        (nn.LSTM, {"embedding": nn.Embedding(30, 5)}),
+        (nn.LSTM, {"embedding": nn.Embedding(30, 5), "coupled": True}),
+        (nn.GRU, {"embedding": nn.Embedding(30, 5)}),
+    ],
+)
+def test_one_call_holds_a_layer_as_the_plain_steps_do(kind, stated, size, scale):
+    kept = []
+    for name in ("_keep", "_keep_reference"):
+        torch.manual_seed(0)
+        layer = kind(5, size)
+        constraint = stabilize(layer, rate=0.97, **stated)
+        states, generator = [], torch.Generator().manual_seed(1)
+        for _ in range(5):
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter += scale * torch.randn(parameter.shape, generator=generator)
+                before = [(parameter.clone(), parameter._version) for parameter in layer.parameters()]
+                getattr(constraint._policies[0], name)()
+                for parameter, (values, version) in zip(layer.parameters(), before, strict=True):
+                    assert parameter.equal(values) or parameter._version > version  # autograd knows
+            states.append([parameter.detach().clone() for parameter in layer.parameters()])
+        kept.append(states)
+    for fast, plain in zip(*kept, strict=True):
+        for a, b in zip(fast, plain, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,26 @@ class _Layer(ctypes.Structure):
         ("output", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("rate", "rounding", "tolerance")),
     )
+
+
+class _Drive(ctypes.Structure):
+    """The struct of the same name in the C file."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("inputs", "keeping", "tied", "drive_rounds")),
+        *((name, ctypes.c_float) for name in ("bound", "cap", "hidden_bound")),
+        *((name, ctypes.c_float) for name in ("likely_rows", "lowest", "shut", "tolerance")),
+    )
+
+
+_TENSORS = ("weight_hh", "weight_ih", "bias_ih", "bias_hh", "highest", "v", "v_cell", "ones")
+_PIECES = ("slope", "reach", "output_slope", "output_reach")
+
+
+class _Tensors(ctypes.Structure):
+    """The struct of the same name in the C file."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in (*_TENSORS, *_PIECES))
 
 
 def _cache_folder() -> Path:
@@ -111,10 +132,10 @@ def _layer(
     return _Layer(KINDS[kind], len(gates), size, pieces, ROUNDS, blocks, last, rate, rounding, tolerance)
 
 
-def _mark_written(weight: Tensor) -> None:
-    """Let autograd know that the matrix was written to, which it cannot see of a write from C."""
-    with torch.no_grad():
-        weight[:0].zero_()
+def _mark_written(*tensors: Tensor) -> None:
+    """Let autograd know that they were written to, which it cannot see of a write from C."""
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
 
 
 def row_sums(weight: Tensor, weights: Tensor) -> Tensor:
@@ -144,8 +165,7 @@ def lower_drive(
     assert functions is not None
     given = (_pointer(ones), ctypes.c_float(bound), _pointer(limits), *map(_pointer, biases))
     if functions.lower_drive(_pointer(weight), *weight.shape, *given, ctypes.c_float(tolerance), rounds):
-        for tensor in (weight, *biases):
-            _mark_written(tensor)
+        _mark_written(weight, *biases)
 
 
 def hold_rows(
@@ -181,3 +201,54 @@ def hold_rows(
     arrays = [_plain(tensor) for tensor in (norm[-1], norm[0], *units, *pieces)]
     if functions.hold_rows(ctypes.byref(layer), _pointer(weight), *map(_pointer, arrays)):
         _mark_written(weight)
+
+
+class HeldLayer:
+    """`_Rows._keep` of stability.py in one call: budgets, ceilings and drives of all units of a layer.
+
+    Made once for a layer; what it points to is looked up anew in each call.
+    """
+
+    def __init__(self, layer: _Layer, drive: dict[str, float], pieces: Sequence[Tensor], ones: Tensor) -> None:
+        self._layer, self._drive = layer, _Drive(drive_rounds=0, **drive)
+        self._pieces, self._ones = [_plain(piece) for piece in pieces], ones
+
+    @classmethod
+    def of(
+        cls,
+        budget: Any,
+        rounding: float,
+        tolerance: float,
+        inputs: int,
+        drive_rounds: int,
+        drive: dict[str, float],
+    ) -> "HeldLayer":
+        """For the budgets of a cell (`RowBudget`); `drive` are the other fields of the struct `Drive`."""
+        size, pieces = budget.ceiling.shape[0], (budget.candidate, budget.squashed)
+        layer = _layer(
+            size,
+            rounding,
+            kind=budget.kind,
+            gates=budget.gates,
+            output=budget.output,
+            rate=budget.rate,
+            pieces=pieces[0].slope.numel(),
+            tolerance=tolerance,
+        )
+        tensors = [tensor for piece in pieces for tensor in (piece.slope, piece.magnitude)]
+        held = cls(layer, {**drive, "inputs": inputs}, tensors, torch.ones(max(size, inputs)))
+        held._drive.drive_rounds = drive_rounds
+        return held
+
+    def __call__(self, weights: Sequence[Tensor], bound: float | None, highest: Tensor | None, norm: Tensor) -> None:
+        """Hold weight_hh, weight_ih, bias_ih and bias_hh, in place; inputs within `bound`, or drives up to `highest`."""
+        functions = library()
+        assert functions is not None
+        self._drive.bound = -1.0 if bound is None else bound
+        drives = self._ones if highest is None else _plain(highest)
+        norm = _plain(norm)
+        tensors = (*weights, drives, norm[-1], norm[0], self._ones, *self._pieces)
+        pointers = _Tensors(*(tensor.data_ptr() for tensor in tensors))
+        moved = functions.hold_layer(ctypes.byref(self._layer), ctypes.byref(self._drive), ctypes.byref(pointers))
+        if moved or self._drive.tied >= 0:
+            _mark_written(*weights)

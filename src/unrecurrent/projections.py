@@ -12,6 +12,8 @@ from unrecurrent import kernels
 ROUNDING = 4e-6
 # Newton rounds on one threshold; three or four are usual.
 MAX_ROUNDS = 100
+# Singular values followed from step to step: one in 32, within these.
+FEWEST_DIRECTIONS, MOST_DIRECTIONS = 16, 32
 # Orthogonal iterations each time the largest singular values are looked for.
 POWER_STEPS = 1
 
@@ -100,10 +102,11 @@ def clip_singular_values_(weight: Tensor, bound: float) -> float:
     return float(s[0])
 
 
-def first_basis(weight: Tensor, size: int = 32) -> Tensor:
+def first_basis(weight: Tensor) -> Tensor:
     """Orthonormal directions `(H, k)` for `clip_top_` to begin with; the same for all matrices of one shape."""
     generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(weight.shape[1], min(size, *weight.shape), generator=generator)
+    size = min(max(FEWEST_DIRECTIONS, min(weight.shape) // 32), MOST_DIRECTIONS, *weight.shape)
+    columns = torch.randn(weight.shape[1], size, generator=generator)
     return torch.linalg.qr(columns)[0].to(weight)
 
 

@@ -13,6 +13,7 @@ from unrecurrent.cells import find_recurrent
 from unrecurrent.certificate import Certificate, certify
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import (
+    SCALE_TOLERANCE,
     TANH_1,
     CappedGate,
     CoupledLSTMGates,
@@ -25,7 +26,14 @@ from unrecurrent.feasible import (
     highest_ceiling,
     hold_rows_,
 )
-from unrecurrent.projections import clip_singular_values_, clip_top_, first_basis, project_rows_, weighted_row_sums
+from unrecurrent.projections import (
+    ROUNDING,
+    clip_singular_values_,
+    clip_top_,
+    first_basis,
+    project_rows_,
+    weighted_row_sums,
+)
 from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_rate, target
 from unrecurrent.stable_lstm import StableLSTM
 
@@ -215,16 +223,17 @@ class _MillerHardtLSTM(_Policy):
 
     def __init__(self, layer: _Layer, input_bound: Callable[[], float]) -> None:
         self.layer, self.input_bound, self.bound = layer, input_bound, input_bound()
+        self.limits = torch.tensor(list(PAPER_ROWS.values())).repeat_interleave(layer.weight_hh.shape[1])
 
     def hold(self) -> None:
         self._keep()
 
     @torch.no_grad()
     def _keep(self) -> None:
-        layer, size = self.layer, self.layer.weight_hh.shape[1]
-        rows = layer.weight_hh.new_tensor(list(PAPER_ROWS.values())).repeat_interleave(size)
-        project_rows_(layer.weight_hh, rows)
-        drive = layer.weight_ih.new_full((size,), PAPER_FORGET_DRIVE / max(self.bound, 1e-6))
+        layer, limits = self.layer, self.limits.to(self.layer.weight_hh)
+        project_rows_(layer.weight_hh, limits)
+        size = layer.weight_hh.shape[1]
+        drive = limits.new_full((size,), PAPER_FORGET_DRIVE / max(self.bound, 1e-6))
         project_rows_(layer.gate(layer.weight_ih, 1), drive)
         if layer.biases is not None:
             bias_ih, bias_hh = layer.biases
@@ -251,6 +260,9 @@ class _Rows(_Policy):
     """
 
     KEEPING_GATE = 1
+    #: the gate whose parameters are the keeping gate's with the other sign; none where negative
+    TIED_GATE = -1
+    _held: kernels.HeldLayer | None = None
 
     def __init__(self, layer: _Layer, rate: float, drive: _Drive, norm: Tensor | None = None) -> None:
         self.layer, self.rate, self.drive = layer, target(rate), drive
@@ -301,6 +313,27 @@ class _Rows(_Policy):
     @torch.no_grad()
     def _keep(self) -> None:
         self.norm = self.norm.to(self.layer.weight_hh)
+        biases = self.layer.biases
+        weights = (self.layer.weight_hh, self.layer.weight_ih, *(biases or ()))
+        if biases is None or not all(kernels.takes(weight) for weight in weights):
+            self._keep_reference()
+            return
+        bound = self.drive.bound if isinstance(self.drive, _BoxDrive) else None
+        highest = self.drive.highest(self._gate_parameters()[0]) if bound is None else None
+        self._compiled(weights[1].shape[1])(weights, bound, highest, self.norm)
+
+    def _compiled(self, inputs: int) -> kernels.HeldLayer:
+        """`_keep_reference` for all units in one call."""
+        if self._held is None:
+            budget = self._budget_at(self.norm[0])
+            drive = {"keeping": self.KEEPING_GATE, "tied": self.TIED_GATE, "cap": self.cap, "shut": SHUT}
+            drive |= {"hidden_bound": self.hidden_bound, "likely_rows": LIKELY_ROWS, "lowest": LOWEST_ARGUMENT}
+            drive |= {"tolerance": DRIVE_TOLERANCE}
+            self._held = kernels.HeldLayer.of(budget, ROUNDING, SCALE_TOLERANCE, inputs, DRIVE_ROUNDS, drive)
+        return self._held
+
+    def _keep_reference(self) -> None:
+        """`_keep` in PyTorch and row by row: for other devices and types, and where there is no compiler."""
         budget = self._budget()
         hold_rows_(self.layer.weight_hh, budget, self.norm)
         drive, rows = self._drive_and_rows()
@@ -340,14 +373,14 @@ class _CoupledRows(_Rows):
     """The same with the input gate tied to the forget gate, i = 1 − f: W_i = −W_f, U_i = −U_f and b_i = −b_f."""
 
     hidden_bound = TANH_1
+    TIED_GATE = 0
 
     def _budget_at(self, ceiling: Tensor) -> CappedGate:
         return CoupledLSTMGates(self.rate, ceiling)
 
-    @torch.no_grad()
-    def _keep(self) -> None:
+    def _keep_reference(self) -> None:
         self._merge()
-        super()._keep()
+        super()._keep_reference()
         for i, f in self._gates():
             torch.neg(f, out=i)
 
