@@ -206,26 +206,13 @@ def hold_rows(
 class HeldLayer:
     """`_Rows._keep` of stability.py in one call: budgets, ceilings and drives of all units of a layer.
 
-    Made once for a layer; what it points to is looked up anew in each call.
+    Made once for the budgets of a layer (`RowBudget`); `drive` are the fields of the struct `Drive` but the bound. The
+    tensors it works on are looked up anew in each call.
     """
 
-    def __init__(self, layer: _Layer, drive: dict[str, float], pieces: Sequence[Tensor], ones: Tensor) -> None:
-        self._layer, self._drive = layer, _Drive(drive_rounds=0, **drive)
-        self._pieces, self._ones = [_plain(piece) for piece in pieces], ones
-
-    @classmethod
-    def of(
-        cls,
-        budget: Any,
-        rounding: float,
-        tolerance: float,
-        inputs: int,
-        drive_rounds: int,
-        drive: dict[str, float],
-    ) -> "HeldLayer":
-        """For the budgets of a cell (`RowBudget`); `drive` are the other fields of the struct `Drive`."""
+    def __init__(self, budget: Any, rounding: float, tolerance: float, drive: dict[str, float]) -> None:
         size, pieces = budget.ceiling.shape[0], (budget.candidate, budget.squashed)
-        layer = _layer(
+        self._layer = _layer(
             size,
             rounding,
             kind=budget.kind,
@@ -235,13 +222,12 @@ class HeldLayer:
             pieces=pieces[0].slope.numel(),
             tolerance=tolerance,
         )
-        tensors = [tensor for piece in pieces for tensor in (piece.slope, piece.magnitude)]
-        held = cls(layer, {**drive, "inputs": inputs}, tensors, torch.ones(max(size, inputs)))
-        held._drive.drive_rounds = drive_rounds
-        return held
+        self._drive = _Drive(**drive)
+        self._pieces = [_plain(tensor) for piece in pieces for tensor in (piece.slope, piece.magnitude)]
+        self._ones = torch.ones(max(size, self._drive.inputs))
 
     def __call__(self, weights: Sequence[Tensor], bound: float | None, highest: Tensor | None, norm: Tensor) -> None:
-        """Hold weight_hh, weight_ih, bias_ih and bias_hh, in place; inputs within `bound`, or drives up to `highest`."""
+        """Hold weight_hh, weight_ih, bias_ih, bias_hh, in place; inputs within `bound`, or drives up to `highest`."""
         functions = library()
         assert functions is not None
         self._drive.bound = -1.0 if bound is None else bound

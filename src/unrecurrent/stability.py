@@ -328,8 +328,8 @@ class _Rows(_Policy):
             budget = self._budget_at(self.norm[0])
             drive = {"keeping": self.KEEPING_GATE, "tied": self.TIED_GATE, "cap": self.cap, "shut": SHUT}
             drive |= {"hidden_bound": self.hidden_bound, "likely_rows": LIKELY_ROWS, "lowest": LOWEST_ARGUMENT}
-            drive |= {"tolerance": DRIVE_TOLERANCE}
-            self._held = kernels.HeldLayer.of(budget, ROUNDING, SCALE_TOLERANCE, inputs, DRIVE_ROUNDS, drive)
+            drive |= {"tolerance": DRIVE_TOLERANCE, "drive_rounds": DRIVE_ROUNDS, "inputs": inputs}
+            self._held = kernels.HeldLayer(budget, ROUNDING, SCALE_TOLERANCE, drive)
         return self._held
 
     def _keep_reference(self) -> None:
