@@ -13,7 +13,7 @@ ROUNDING = 4e-6
 # Newton rounds on one threshold; three or four are usual.
 MAX_ROUNDS = 100
 # Singular values followed from step to step: one in 32, within these.
-FEWEST_DIRECTIONS, MOST_DIRECTIONS = 16, 32
+FEWEST_DIRECTIONS, MOST_DIRECTIONS = 8, 32
 # Orthogonal iterations each time the largest singular values are looked for.
 POWER_STEPS = 1
 
@@ -116,8 +116,8 @@ def _orthonormal(columns: Tensor) -> Tensor:
     The shift keeps it defined where they are almost dependent; nearly orthonormal is enough here.
     """
     gram = columns.t() @ columns
-    gram.diagonal().add_(gram.diagonal().amax() * 1e-6 + torch.finfo(gram.dtype).tiny)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram).t(), columns, upper=True, left=False)
+    gram.diagonal().mul_(1 + 1e-6).add_(torch.finfo(gram.dtype).tiny)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram)[0].mT, columns, upper=True, left=False)
 
 
 @torch.no_grad()
