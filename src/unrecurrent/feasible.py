@@ -21,13 +21,11 @@ from torch import Tensor
 
 from unrecurrent import kernels
 from unrecurrent.cells import TANH_PIECES
-from unrecurrent.projections import ROUNDING, shrink_rows, shrink_to, weighted_row_sums
+from unrecurrent.projections import ROUNDING, SCALE_TOLERANCE, shrink_rows, shrink_to, weighted_row_sums
 
 TANH_1 = math.tanh(1.0)
 # A gate that keeps the state leaves at least this share of the rate to its unit's rows, whatever its drive asks for.
 LEAST_SHARE = 0.25
-# The relative excess over a budget that may be scaled away when the cut at the worst gate values still moves a little.
-SCALE_TOLERANCE = 1e-3
 # No unit weighs more than this much more or less than the geometric mean of all.
 NORM_SPREAD = 16.0
 

@@ -147,11 +147,11 @@ def row_sums(weight: Tensor, weights: Tensor) -> Tensor:
     return sums
 
 
-def hold_l1(weight: Tensor, weights: Tensor, limit: Tensor, rounding: float) -> None:
+def hold_l1(weight: Tensor, weights: Tensor, limit: Tensor, rounding: float, tolerance: float) -> None:
     """Project the rows of a matrix `(J, K)` onto the weighted L1 balls of radius `limit` `(J,)`, in place."""
     functions, column, limits = library(), _plain(weights), _plain(limit)
     assert functions is not None
-    layer = _layer(weight.shape[1], rounding)
+    layer = _layer(weight.shape[1], rounding, tolerance=tolerance)
     pointers = (_pointer(column), _pointer(limits))
     if functions.hold_l1(ctypes.byref(layer), _pointer(weight), weight.shape[0], *pointers):
         _mark_written(weight)

@@ -10,6 +10,8 @@ from unrecurrent import kernels
 # Sums over the rows of float32 weights carry relative rounding errors below this; projections aim that much below the
 # bound, so that it holds when the same weights are summed up in float64.
 ROUNDING = 4e-6
+# The relative excess over a budget that may be scaled away when soft thresholding still leaves a little.
+SCALE_TOLERANCE = 1e-4
 # Newton rounds on one threshold; three or four are usual.
 MAX_ROUNDS = 100
 # Singular values followed from step to step: one in 32, within these.
@@ -42,7 +44,7 @@ def project_rows_(weight: Tensor, budget: Tensor) -> None:
     """
     ones = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
     if kernels.takes(weight):
-        kernels.hold_l1(weight, ones, budget, ROUNDING)
+        kernels.hold_l1(weight, ones, budget, ROUNDING, SCALE_TOLERANCE)
         return
     over = (weight.abs().sum(1) > budget * (1 - ROUNDING)).nonzero().squeeze(-1)
     if over.numel():
@@ -52,7 +54,7 @@ def project_rows_(weight: Tensor, budget: Tensor) -> None:
 def shrink_to(rows: Tensor, weights: Tensor, budget: Tensor) -> Tensor:
     """The points nearest to `rows` `(n, K)` with Σ_k |x[j, k]| weights[k] ≤ `budget[j]`."""
     coefficients, allowed = torch.ones_like(budget).unsqueeze(0), budget * (1 - 2 * ROUNDING)
-    return shrink_rows(rows.unsqueeze(0), weights, lambda sums: (coefficients, allowed), tolerance=1e-6)[0]
+    return shrink_rows(rows.unsqueeze(0), weights, lambda sums: (coefficients, allowed), SCALE_TOLERANCE)[0]
 
 
 def shrink_rows(

@@ -127,7 +127,7 @@ static void hold_joint(const Layer *l, float **row, float *w, float allowed, flo
 
 static void hold_single(const Layer *l, float *row, float w, float limit, const float *v, float all) {
     float active = all;
-    for (int round = 0; round < l->rounds && w > limit * (1 + 1e-6f); round++)
+    for (int round = 0; round < l->rounds && w > limit * (1 + l->tolerance); round++)
         w = shrink(row, v, (w - limit) / greater(active, TINY), l->size, &active);
     if (w > limit) scale(row, limit / w, l->size);
 }

@@ -13,7 +13,6 @@ from unrecurrent.cells import find_recurrent
 from unrecurrent.certificate import Certificate, certify
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import (
-    SCALE_TOLERANCE,
     TANH_1,
     CappedGate,
     CoupledLSTMGates,
@@ -28,6 +27,7 @@ from unrecurrent.feasible import (
 )
 from unrecurrent.projections import (
     ROUNDING,
+    SCALE_TOLERANCE,
     clip_singular_values_,
     clip_top_,
     first_basis,
@@ -230,10 +230,10 @@ class _MillerHardtLSTM(_Policy):
 
     @torch.no_grad()
     def _keep(self) -> None:
-        layer, limits = self.layer, self.limits.to(self.layer.weight_hh)
-        project_rows_(layer.weight_hh, limits)
-        size = layer.weight_hh.shape[1]
-        drive = limits.new_full((size,), PAPER_FORGET_DRIVE / max(self.bound, 1e-6))
+        layer = self.layer
+        self.limits = self.limits.to(layer.weight_hh)
+        project_rows_(layer.weight_hh, self.limits)
+        drive = torch.full_like(layer.weight_hh[0], PAPER_FORGET_DRIVE / max(self.bound, 1e-6))
         project_rows_(layer.gate(layer.weight_ih, 1), drive)
         if layer.biases is not None:
             bias_ih, bias_hh = layer.biases
@@ -247,9 +247,9 @@ class _MillerHardtLSTM(_Policy):
 def _limit_bias_(bias_ih: Tensor, bias_hh: Tensor, limit: float) -> None:
     """Bring |bias_ih + bias_hh| to at most `limit`: the two add up, so each gives up half of what is too much."""
     total = bias_ih + bias_hh
-    excess = (total - total.clamp(-limit, limit)) / 2
-    bias_ih -= excess
-    bias_hh -= excess
+    excess = total - total.clamp(-limit, limit)
+    bias_ih.sub_(excess, alpha=0.5)
+    bias_hh.sub_(excess, alpha=0.5)
 
 
 class _Rows(_Policy):
