@@ -922,18 +922,26 @@ def check_recurrent(layer: nn.Module, name: str = "") -> None:
 
 
 def build_cells(
-    layer: nn.Module, inputs: InputSet, start: Interval | None = None, *, see_ties: bool = True
+    layer: nn.Module,
+    inputs: InputSet,
+    start: Interval | None = None,
+    *,
+    see_ties: bool = True,
+    norms: Sequence[Tensor | None] = (),
 ) -> StackedCell:
     """The cells of a recurrent layer, lowest first; each reads what the bounds on the one below allow.
 
     `start` bounds the start states (state_size,) of the whole stack. With `see_ties=False` an LSTM whose input gate is
-    tied to its forget gate is taken as any other LSTM.
+    tied to its forget gate is taken as any other LSTM. `norms` are the `known_weights` of the layers, where there are
+    any, as `(parts, H)`.
     """
     layout = StateLayout.of(layer)
     starts = [None] * layout.layers if start is None else start.split(layout.parts * layout.hidden_size)
     cells: list[DenseCell] = []
     for number, layer_start in enumerate(starts):
         cells.append(_build_cell(layer, number, inputs, layer_start, see_ties))
+        known = norms[number] if norms else None
+        cells[-1].known_weights = None if known is None else _float64(known).flatten()
         inputs = BoxInput(cells[-1].hidden_box())
     return StackedCell(cells)
 
@@ -999,10 +1007,7 @@ def _build_cell(layer: nn.Module, number: int, inputs: InputSet, start: Interval
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     if _kind(layer) == "scaled-gate-lstm":
         ceiling = getattr(layer, "forget_ceiling" + suffix)
-        cell = ScaledGateLSTMCell(*weights, forget_ceiling=ceiling, inputs=inputs, start=start)
-        norm = getattr(layer, "norm" + suffix, None)
-        cell.known_weights = None if norm is None else _float64(norm).flatten()
-        return cell
+        return ScaledGateLSTMCell(*weights, forget_ceiling=ceiling, inputs=inputs, start=start)
     if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
         lstm = CoupledLSTMCell if see_ties and CoupledLSTMCell.is_tied(*weights) else LSTMCell
         return lstm(*weights, inputs=inputs, start=start)

@@ -8,7 +8,7 @@ Everything here follows from the error propagator T of a cell (`cells.py`, deriv
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -550,6 +550,28 @@ def certify(
     >>> certificate.stable, round(certificate.rate, 6), certificate.horizon(0.01)
     (True, 0.5, 7)
     """
+    stated: dict[str, Any] = {"inputs": inputs, "input_bound": input_bound, "embedding": embedding, "h0": h0}
+    return certify_in_norms(module, {}, **stated, readout=readout, method=method)
+
+
+#: for a recurrent layer that is kept in bounds by something else, the norms `(parts, H)` of its layers
+Norms = Mapping[nn.Module, Sequence[Tensor | None]]
+
+
+def certify_in_norms(
+    module: nn.Module | Cell,
+    norms: Norms,
+    *,
+    inputs: Any = None,
+    input_bound: float | None = None,
+    embedding: nn.Embedding | Tensor | None = None,
+    h0: Any = None,
+    readout: nn.Module | None = None,
+    method: str = "best",
+) -> Certificate:
+    """`certify`, where norms are known in which layers contract: the search for a rate begins there, which is sound
+    because every v > 0 proves its own rate. Layers that keep themselves stable bring theirs (`known_norms`).
+    """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if sum(given is not None for given in (inputs, input_bound, embedding)) > 1:
@@ -567,14 +589,20 @@ def certify(
     else:
         allowed = [_allowed(layer, inputs, input_bound, embedding) for _, layer in found]
     certificates = [
-        _certify_layer(layer, name, method, answer, what, h0)
+        _certify_layer(layer, name, method, answer, what, h0, norms.get(layer, getattr(layer, "known_norms", ())))
         for (name, layer), what in zip(found, allowed, strict=True)
     ]
     return certificates[0] if len(certificates) == 1 else _joint(certificates)
 
 
 def _certify_layer(
-    layer: nn.Module, name: str, method: str, readout: Readout, allowed: "_Allowed", h0: Any
+    layer: nn.Module,
+    name: str,
+    method: str,
+    readout: Readout,
+    allowed: "_Allowed",
+    h0: Any,
+    norms: Sequence[Tensor | None],
 ) -> Certificate:
     layout = StateLayout.of(layer)
     start = None if h0 is None else _range(layout.flatten(h0))
@@ -582,7 +610,7 @@ def _certify_layer(
         start = _range(allowed.start)
     if method == "miller-hardt" and start is not None and float(start.magnitude.max()) > 1:
         raise InputError("the conditions of Miller and Hardt are about states within [-1, 1]: give such an h0")
-    cell = build_cells(layer, allowed.inputs, start, see_ties=method != "miller-hardt")
+    cell = build_cells(layer, allowed.inputs, start, see_ties=method != "miller-hardt", norms=norms)
     certificate = _certify_cell(cell, method, readout, _assumptions(layer, layout, allowed, start))
     bound = allowed.inputs.bound() if method == "miller-hardt" else math.inf
     return replace(certificate, name=name, layout=layout, input_bound=bound, fingerprint=_fingerprint(layer))

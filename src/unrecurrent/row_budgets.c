@@ -245,7 +245,7 @@ int lower_drive(float *weight, int count, int size, const float *ones, float bou
    the gate that is its opposite (-1: none), `bound` that of the inputs (negative: `highest` says how far they drive). */
 typedef struct {
     int32_t inputs, keeping, tied, drive_rounds;
-    float bound, cap, hidden_bound, likely_rows, lowest, shut, tolerance;
+    float bound, cap, hidden_bound, likely_rows, keeps_tolerance, lowest, shut, tolerance;
 } Drive;
 
 typedef struct {
@@ -303,7 +303,7 @@ int hold_layer(const Layer *l, const Drive *d, const Tensors *t) {
             for (int g = 0; g < l->gates; g++) w[g] = row_sum(row_of(l, t->weight_hh, l->gate[g], j), t->v, size);
             float slack = worst_cut(l, w, unit.ceiling, 1.0f, unit.bound, t->slope, t->reach, coefficient);
             for (int g = 0; g < l->gates; g++) used += coefficient[g] * w[g];
-            if (used > slack * unit.v_cell) unit.ceiling = capped(d, drive + d->likely_rows);
+            if (used > slack * unit.v_cell * (1 + d->keeps_tolerance)) unit.ceiling = capped(d, drive + d->likely_rows);
         }
         moved += hold_unit(l, t->weight_hh, j, &unit, t->v, all, t->slope, t->reach);
         float ceiling = greater(unit.ceiling, d->shut);

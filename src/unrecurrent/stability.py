@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unrecurrent import kernels
 from unrecurrent.cells import find_recurrent
-from unrecurrent.certificate import Certificate, certify
+from unrecurrent.certificate import Certificate, certify, certify_in_norms
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import (
     TANH_1,
@@ -56,6 +56,8 @@ DRIVE_ROUNDS = 8
 # What the rows of the gate that keeps the state are taken to sum up to where they have to be cut down anyway, and the
 # rounding of its arguments.
 LIKELY_ROWS = 1.0
+# A unit keeps its budget if it exceeds it by no more than this share: what was just projected is not moved again.
+KEEPS_TOLERANCE = 0.01
 DRIVE_TOLERANCE = 1e-5
 LOWEST_ARGUMENT = -20.0
 
@@ -303,7 +305,7 @@ class _Rows(_Policy):
         if not bool((rows > LIKELY_ROWS).any()):
             return budget
         sums = weighted_row_sums(blocks_of(self.layer.weight_hh), self.norm[-1])
-        keeps = budget.gain(sums[list(budget.gates)]) <= self.norm[0]
+        keeps = budget.gain(sums[list(budget.gates)]) <= self.norm[0] * (1 + KEEPS_TOLERANCE)
         lower = self._capped(drive + rows.clamp_max(LIKELY_ROWS))
         return self._budget_at(torch.where(keeps, budget.ceiling, lower))
 
@@ -328,7 +330,12 @@ class _Rows(_Policy):
             budget = self._budget_at(self.norm[0])
             drive = {"keeping": self.KEEPING_GATE, "tied": self.TIED_GATE, "cap": self.cap, "shut": SHUT}
             drive |= {"hidden_bound": self.hidden_bound, "likely_rows": LIKELY_ROWS, "lowest": LOWEST_ARGUMENT}
-            drive |= {"tolerance": DRIVE_TOLERANCE, "drive_rounds": DRIVE_ROUNDS, "inputs": inputs}
+            drive |= {
+                "keeps_tolerance": KEEPS_TOLERANCE,
+                "tolerance": DRIVE_TOLERANCE,
+                "drive_rounds": DRIVE_ROUNDS,
+                "inputs": inputs,
+            }
             self._held = kernels.HeldLayer(budget, ROUNDING, SCALE_TOLERANCE, drive)
         return self._held
 
@@ -461,6 +468,11 @@ class Constraint:
             self._hook = None
 
 
+def _norms(policies: Sequence[_Policy]) -> list[Tensor | None]:
+    """The norms in which layers are held, where they are held in one."""
+    return [policy.norm if isinstance(policy, _Rows) else None for policy in policies]
+
+
 def stabilize(
     module: nn.Module,
     *,
@@ -521,16 +533,17 @@ def stabilize(
             return float(points.abs().max())
         return PAPER_INPUT_BOUND if input_bound is None else float(input_bound)
 
-    policies: list[_Policy] = []
+    built: dict[nn.Module, list[_Policy]] = {}
     for recurrent in found:
         drive = _input_drive(table, input_bound)
-        build = _miller_hardt(recurrent, bound) if method == METHODS[1] else _certified(recurrent, rate, drive, coupled)
-        policies += build
+        paper = method == METHODS[1]
+        built[recurrent] = _miller_hardt(recurrent, bound) if paper else _certified(recurrent, rate, drive, coupled)
+    policies = [policy for own in built.values() for policy in own]
 
     def certify_now() -> Certificate:
         stated: dict[str, Any] = {"inputs": inputs, "embedding": embedding, "input_bound": input_bound}
         if method != METHODS[1]:
-            return certify(module, **stated)
+            return certify_in_norms(module, {layer: _norms(own) for layer, own in built.items()}, **stated)
         if inputs is None and embedding is None:
             stated["input_bound"] = bound()
         return certify(module, **stated, method=method)
@@ -717,6 +730,11 @@ class StableGRU(_SelfKeepingLayer, nn.GRU):
         # Set before nn.Module is, because its set-up ends with the first projection, which needs the bound.
         object.__setattr__(self, "input_bound", float(input_bound))
         super().__init__(*args, rate=rate, **kwargs)
+
+    @property
+    def known_norms(self) -> list[Tensor | None]:
+        """The norms in which the layers contract, where `certify` begins its search."""
+        return [self._memory(k) for k in range(self.num_layers)]
 
     def _policies(self) -> list[_Policy]:
         between = _bound_between(self, 1.0)

@@ -248,6 +248,11 @@ class StableLSTM(SelfKeeping):
             weight[2 * size :] *= (limit / weight[2 * size :].abs().sum(-1)).clamp_max(1)[:, None]
         self.project()
 
+    @property
+    def known_norms(self) -> list[Tensor]:
+        """The norms in which the layers contract, where `certify` begins its search."""
+        return [self.get_buffer(f"norm_l{k}") for k in range(self.num_layers)]
+
     def _rows(self) -> list[tuple[Tensor, ScaledGate, Tensor]]:
         """Of each layer the recurrent weight, its budgets and its norm."""
         rows: list[tuple[Tensor, ScaledGate, Tensor]] = []
