@@ -75,11 +75,11 @@ _SERIES_RECIPES = {
 # Words: a large table of words, tied, and hundreds of units behind it. The learning rates are the best of two or three
 # tried on WikiText-2 for two epochs (results/wikitext-2/README.md).
 _WORDS = TrainingConfig(
-    epochs=6, learning_rate=6e-3, batch_size=32, piece=35, schedule="cosine", sampled_words=4096, softmax="bfloat16"
+    epochs=6, learning_rate=4e-3, batch_size=16, piece=35, schedule="cosine", sampled_words=4096, softmax="bfloat16"
 )
-_WORD_SETTINGS: Settings = {"embedding_size": 256, "tied": True, "dropout": 0.2, "input_dropout": 0.1}
+_WORD_SETTINGS: Settings = {"embedding_size": 256, "tied": True, "dropout": 0.3, "input_dropout": 0.3}
 _WORD_RECIPES = {
-    "rnn": Recipe(_WORD_SETTINGS, replace(_WORDS, learning_rate=2e-3)),
+    "rnn": Recipe(_WORD_SETTINGS, replace(_WORDS, learning_rate=1.5e-3)),
     "lstm": Recipe(_WORD_SETTINGS, _WORDS),
     "gru": Recipe(_WORD_SETTINGS, _WORDS),
     "mingru": Recipe({**_WORD_SETTINGS, "layers": 2}, _WORDS),
