@@ -97,15 +97,11 @@ def _compiled(compiler: str) -> Path:
     return target
 
 
-def takes(weight: Tensor) -> bool:
-    """Whether the C functions can work on this matrix."""
-    return (
-        weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and not torch.compiler.is_compiling()
-        and library() is not None
-    )
+def takes(*weights: Tensor) -> bool:
+    """Whether the C functions can work on these matrices."""
+    if torch.compiler.is_compiling() or library() is None:
+        return False
+    return all(w.dtype is torch.float32 and w.is_cpu and w.is_contiguous() for w in weights)
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -201,6 +197,26 @@ def hold_rows(
     arrays = [_plain(tensor) for tensor in (norm[-1], norm[0], *units, *pieces)]
     if functions.hold_rows(ctypes.byref(layer), _pointer(weight), *map(_pointer, arrays)):
         _mark_written(weight)
+
+
+class PaperRows:
+    """`_MillerHardtLSTM._keep` of stability.py in one call; `limits` are those of the rows of each gate."""
+
+    def __init__(self, size: int, inputs: int, limits: Sequence[float], rounding: float, tolerance: float) -> None:
+        self._layer = _layer(size, rounding, tolerance=tolerance)
+        self._layer.gates = len(limits)
+        self._limits, self._ones = torch.tensor(limits), torch.ones(max(size, inputs))
+
+    def __call__(self, weights: Sequence[Tensor], drive: float, forget: int, bias: float) -> None:
+        """Hold weight_hh, weight_ih and, where there are any, bias_ih and bias_hh, in place."""
+        functions = library()
+        assert functions is not None
+        weight_hh, weight_ih, *biases = weights
+        given = (_pointer(weight_hh), _pointer(self._ones), _pointer(self._limits), _pointer(weight_ih))
+        b_ih, b_hh = (_pointer(b) for b in biases) if biases else (None, None)
+        last = (ctypes.c_float(drive), b_ih, b_hh, forget, ctypes.c_float(bias))
+        functions.hold_paper(ctypes.byref(self._layer), *given, weight_ih.shape[1], *last)
+        _mark_written(*weights)
 
 
 class HeldLayer:

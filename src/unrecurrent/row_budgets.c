@@ -195,6 +195,21 @@ int hold_rows(const Layer *l, float *weight, const float *v, const float *v_cell
     return moved;
 }
 
+/* Rows (count, size): each to the L1 ball of one limit. */
+static int hold_l1_rows(const Layer *l, float *weight, int count, const float *v, float limit) {
+    int moved = 0;
+    float all = row_sum(v, v, l->size), most = limit * (1 - l->rounding), aim = limit * (1 - 2 * l->rounding);
+    for (int j = 0; j < count; j++) {
+        float *row = weight + (int64_t)j * l->size, sum = row_sum(row, v, l->size);
+        if (j + AHEAD < count) prefetch(row + AHEAD * l->size, l->size);
+        if (sum > most) {
+            hold_single(l, row, sum, aim, v, all);
+            moved++;
+        }
+    }
+    return moved;
+}
+
 /* Rows (count, size): each to the L1 ball of its limit. */
 int hold_l1(const Layer *l, float *weight, int count, const float *v, const float *limit) {
     int moved = 0;
@@ -207,6 +222,26 @@ int hold_l1(const Layer *l, float *weight, int count, const float *v, const floa
             moved++;
         }
     }
+    return moved;
+}
+
+static void limit_bias(float *first, float *second, float limit) {
+    float total = *first + *second, excess = total - lesser(limit, greater(-limit, total));
+    *first -= 0.5f * excess, *second -= 0.5f * excess;
+}
+
+/* `_MillerHardtLSTM._keep` in stability.py: rows of `gates` blocks (size, size) to the L1 balls of `limit` (gates,),
+   the input rows (size, inputs) of block `forget` to that of `drive`, and its biases to sums within `bias`. */
+int hold_paper(const Layer *l, float *weight_hh, const float *ones, const float *limit, float *weight_ih, int inputs,
+               float drive, float *bias_ih, float *bias_hh, int forget, float bias) {
+    int moved = 0;
+    Layer rows = *l;
+    for (int g = 0; g < l->gates; g++)
+        moved += hold_l1_rows(l, weight_hh + (int64_t)g * l->size * l->size, l->size, ones, limit[g]);
+    rows.size = inputs;
+    moved += hold_l1_rows(&rows, weight_ih + (int64_t)forget * l->size * inputs, l->size, ones, drive);
+    if (bias_ih)
+        for (int j = forget * l->size; j < (forget + 1) * l->size; j++) limit_bias(bias_ih + j, bias_hh + j, bias);
     return moved;
 }
 

@@ -72,6 +72,15 @@ class _Layer:
         return getattr(self.module, name + self.suffix)
 
     @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """W and U and, where there are biases, b_ih and b_hh."""
+        own, suffix = self.module._parameters, self.suffix
+        names = ("weight_hh", "weight_ih", "bias_ih", "bias_hh") if self.module.bias else ("weight_hh", "weight_ih")
+        # A parametrized weight is no parameter of the module itself.
+        found = (own.get(name + suffix) for name in names)
+        return tuple(getattr(self, name) if t is None else t for name, t in zip(names, found, strict=True))
+
+    @property
     def biases(self) -> tuple[Tensor, Tensor] | None:
         """b_ih and b_hh, or None for a layer without."""
         return (self.bias_ih, self.bias_hh) if self.module.bias else None
@@ -223,6 +232,8 @@ class _Spectral(_Policy):
 class _MillerHardtLSTM(_Policy):
     """The paper's four conditions on a layer of an `nn.LSTM`, each a projection of rows onto L1 balls."""
 
+    _rows: kernels.PaperRows | None = None
+
     def __init__(self, layer: _Layer, input_bound: Callable[[], float]) -> None:
         self.layer, self.input_bound, self.bound = layer, input_bound, input_bound()
         self.limits = torch.tensor(list(PAPER_ROWS.values())).repeat_interleave(layer.weight_hh.shape[1])
@@ -232,10 +243,24 @@ class _MillerHardtLSTM(_Policy):
 
     @torch.no_grad()
     def _keep(self) -> None:
+        weights = self.layer.weights
+        if not kernels.takes(*weights):
+            self._keep_reference()
+            return
+        if self._rows is None:
+            limits = list(PAPER_ROWS.values())
+            self._rows = kernels.PaperRows(weights[0].shape[1], weights[1].shape[1], limits, ROUNDING, SCALE_TOLERANCE)
+        self._rows(weights, self._drive_limit, 1, PAPER_FORGET_BIAS)
+
+    @property
+    def _drive_limit(self) -> float:
+        return PAPER_FORGET_DRIVE / max(self.bound, 1e-6)
+
+    def _keep_reference(self) -> None:
         layer = self.layer
         self.limits = self.limits.to(layer.weight_hh)
         project_rows_(layer.weight_hh, self.limits)
-        drive = torch.full_like(layer.weight_hh[0], PAPER_FORGET_DRIVE / max(self.bound, 1e-6))
+        drive = torch.full_like(layer.weight_hh[0], self._drive_limit)
         project_rows_(layer.gate(layer.weight_ih, 1), drive)
         if layer.biases is not None:
             bias_ih, bias_hh = layer.biases
@@ -315,9 +340,8 @@ class _Rows(_Policy):
     @torch.no_grad()
     def _keep(self) -> None:
         self.norm = self.norm.to(self.layer.weight_hh)
-        biases = self.layer.biases
-        weights = (self.layer.weight_hh, self.layer.weight_ih, *(biases or ()))
-        if biases is None or not all(kernels.takes(weight) for weight in weights):
+        weights = self.layer.weights
+        if len(weights) == 2 or not kernels.takes(*weights):
             self._keep_reference()
             return
         bound = self.drive.bound if isinstance(self.drive, _BoxDrive) else None
