@@ -35,13 +35,13 @@ from unrecurrent.pages import new_empty
 
 Verify = Literal["pilot", "outputs"]
 
-_BLOCK = 32  # steps between two looks at the states; bounds the working memory
+_BLOCK = 16  # steps between two looks at the states; bounds the working memory
 _PILOT_BLOCK = 16
 _PILOT_ROWS = 16
 _GAIN_CHUNKS = 8
 _CARRY_STEPS = 32  # on which a user's module is tried
 _SHORTEST = 1024  # below this many steps a pilot costs more than the chunks can save
-_ATTEMPT_SHARE = 0.45  # of the sequential run: what may be spent before all boundaries agree
+_ATTEMPT_SHARE = 0.48  # of the sequential run: what may be spent before all boundaries agree
 _CHECKED_SHARE = 0.8  # what may be spent in all, once they do
 _PILOT_SHARE = 0.1
 _MOST_ROWS = 4096
