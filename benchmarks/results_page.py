@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import wikitext2_page
 from unrecurrent.files import write_text
 from unrecurrent.records import Record, read_records
 
@@ -111,6 +112,10 @@ def readme() -> str:
 def main() -> int:
     """Write the pages, or check them."""
     pages = {PAGE: results_page(), README: readme()}
+    if wikitext2_page.records():
+        pages[wikitext2_page.PAGE] = wikitext2_page.page()
+    if (drawing := wikitext2_page.figure()) is not None:
+        pages[wikitext2_page.FIGURE] = drawing
     if "--check" not in sys.argv[1:]:
         for path, text in pages.items():
             write_text(path, text)

@@ -1,0 +1,186 @@
+"""The page of WikiText-2 from its records: tables, commands, and the picture of what stability costs.
+
+`benchmarks/results_page.py` (`make results`) writes both; nothing here trains or measures.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from unrecurrent.records import Record, read_records
+
+FOLDER = Path(__file__).resolve().parent.parent / "results" / "wikitext-2"
+PAGE, FIGURE = FOLDER / "README.md", FOLDER / "price.svg"
+MISSING = "–"
+TRUNCATED = (5, 10, 20, 35, 64)
+#: test perplexities of the article, unconstrained and stable (Miller 2018; Miller and Hardt 2019, table 1)
+PUBLISHED = {"rnn": 146.7, "stable-rnn": 143.5, "lstm": 92.3, "stable-lstm": 95.1}
+#: the row every other is compared with, and the tables in the order of the page
+FREE = "lstm"
+TABLES = {
+    "one size": "One size: 256 units unless said, six epochs, the settings of the unconstrained twin",
+    "feed-forward": "Feed-forward models, same data, epochs and (within 5 %) parameters as the LSTM",
+    "price": "The price of stability: 256 units, three epochs",
+}
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 430, 70, 60, 150, 56
+#: Okabe and Ito's colours
+COLOURS = {"certified-lstm": "#0072B2", "certified-gru": "#D55E00"}
+INTRO = """# WikiText-2
+
+Next-word perplexity on the standard files (2,088,628 / 217,646 / 245,569 words, `<eos>` counted; 33,278 words, tied
+tables), normalised over the whole vocabulary in float32. Training normalises over 4,096 sampled words and multiplies in
+bfloat16. Every figure is made by the command of its row, `python benchmarks/wikitext2.py train ROW`, on the machine its
+record names; this page by `make results`.
+
+*Proved* holds for every text: for the models that read embeddings directly over the rows of their table, for
+`certified-lstm` over any input. *k\\** (1 % of the perplexity), the local rate and the truncated columns are estimates
+on 4,096 positions of the test text; "cut at k" is the trained model that sees the last k words only.
+"""
+
+
+def records() -> dict[str, list[Record]]:
+    """Return the records of every row that is done, by its name."""
+    found = {path.stem: read_records(path) for path in sorted(FOLDER.glob("*.json"))}
+    return {name: rows for name, rows in found.items() if rows and rows[0]["metric"] == "ppl"}
+
+
+def speeds() -> dict[str, Record]:
+    """Return what was measured of scoring, by the row's name."""
+    found = (record for path in sorted((FOLDER / "speed").glob("*.json")) for record in read_records(path))
+    return {record["row"]: record for record in found if "row" in record}
+
+
+def training_speed() -> str:
+    """Return the sentence on training speed, empty before it is measured."""
+    path = FOLDER / "speed" / "training.json"
+    if not path.exists():
+        return ""
+    (record,) = read_records(path)
+    return (
+        f"One training step of `lstm` ({record['variant']}) is **{record['mean']:.1f} times** as fast as that of the"
+        f" plain recipe, all logits in float32 and SGD: {record['train_tokens_per_s']:,} against"
+        f" {record['baseline_tokens_per_s']:,} words a second (`{record['command']}`).\n"
+    )
+
+
+def shown(value: object, digits: int = 1) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ordered(done: dict[str, list[Record]], name: str) -> list[tuple[str, list[Record]]]:
+    """Return the rows of one table, best first."""
+    rows = [(row, found) for row, found in done.items() if found[0]["table"] == name]
+    return sorted(rows, key=lambda item: item[1][0]["mean"])
+
+
+def main_row(row: str, found: Sequence[Record], free: float | None, speed: Record | None) -> list[str]:
+    first = found[0]
+    cut = {r["k"]: r["mean"] for r in found[1:]}
+    spread = "" if first["std"] is None else f" ± {first['std']:.1f}"
+    against = MISSING if free is None else f"{100 * (first['mean'] / free - 1):+.1f} %"
+    proved_rate = None if first["certified_rate"] is None else f"{first['certified_rate']:.4f}"
+    local = None if first["local_rate"] is None else f"{first['local_rate']:.3f}"
+    return [
+        f"`{row}`" + (f" ({first['variant']})" if first["variant"] else ""),
+        shown(first["hidden_size"]),
+        f"{first['params'] / 1e6:.2f} M",
+        shown(first["minutes"], 0),
+        shown(first["valid_mean"]),
+        f"**{first['mean']:.1f}**{spread}",
+        against,
+        shown(PUBLISHED.get(row)),
+        shown(proved_rate),
+        shown(first["certified_horizon"]),
+        shown(first["k_star"]),
+        shown(local),
+        *(shown(cut.get(k)) for k in TRUNCATED),
+        MISSING if speed is None else f"{speed['mean']:.1f} ×",
+    ]
+
+
+HEADER = [
+    "row", "units", "parameters", "minutes", "valid", "test", "against `lstm`", "article", "rate (proved)",
+    "horizon 10⁻² (proved)", "k*", "local rate", *(f"cut at {k}" for k in TRUNCATED), "parallel scoring",
+]  # fmt: skip
+
+
+def page() -> str:
+    """Return the page."""
+    done, timed = records(), speeds()
+    parts = [part for part in (INTRO, training_speed()) if part]
+    for name, title in TABLES.items():
+        rows = ordered(done, name)
+        if not rows:
+            continue
+        free = done[FREE][0]["mean"] if name != "price" and FREE in done else None
+        lines = [main_row(row, found, free, timed.get(row)) for row, found in rows]
+        parts.append(f"## {title}\n\n{table(HEADER, lines)}\n")
+        if name == "price":
+            parts.append(f"![test perplexity against the certified rate]({FIGURE.name})\n")
+    settings = [f"- `{row}`: {found[0]['settings']}, {found[0]['training']}" for row, found in sorted(done.items())]
+    parts.append("## Settings\n\n" + "\n".join(settings) + "\n")
+    return "\n".join(parts)
+
+
+def figure() -> str | None:
+    """Return the drawing of test perplexity against the certified rate, or None before there is anything to draw."""
+    price = [found[0] for found in records().values() if found[0]["table"] == "price"]
+    curves = {
+        model: sorted((r["certified_rate"], r["mean"], r["certified_horizon"]) for r in price if r["model"] == model)
+        for model in COLOURS
+    }
+    marks = {r["model"]: r["mean"] for r in price if r["certified_rate"] is None or r["model"] not in COLOURS}
+    values = [mean for points in curves.values() for _, mean, _ in points] + list(marks.values())
+    if not any(curves.values()):
+        return None
+    low, high = math.log(0.97 * min(values)), math.log(1.03 * max(values))
+
+    def x(rate: float) -> float:  # by 1 − rate, on a logarithmic scale
+        share = (math.log(0.25) - math.log(1 - rate)) / (math.log(0.25) - math.log(0.004))
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(mean: float) -> float:
+        return HEIGHT - BOTTOM - (math.log(mean) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    drawn = [text(LEFT, 24, "WikiText-2: test perplexity against the certified rate", size=16)]
+    for level in (100, 120, 140, 160, 180, 200, 240, 280, 320, 400):
+        if low <= math.log(level) <= high:
+            drawn.append(f'<path d="M{LEFT},{y(level):.1f} H{WIDTH - RIGHT}" stroke="#ddd"/>')
+            drawn.append(text(LEFT - 8, y(level) + 4, str(level), anchor="end"))
+    for rate in (0.8, 0.95, 0.98, 0.995):
+        drawn.append(f'<path d="M{x(rate):.1f},{HEIGHT - BOTTOM} v6" stroke="black"/>')
+        drawn.append(text(x(rate), HEIGHT - BOTTOM + 20, str(rate), anchor="middle"))
+    drawn.append(
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "certified rate (proved), horizon at 10⁻²", anchor="middle")
+    )
+    for model, points in curves.items():
+        if points:
+            line = " L".join(f"{x(rate):.1f},{y(mean):.1f}" for rate, mean, _ in points)
+            drawn.append(f'<path d="M{line}" fill="none" stroke="{COLOURS[model]}" stroke-width="2.5"/>')
+        for rate, mean, horizon in points:
+            drawn.append(f'<circle cx="{x(rate):.1f}" cy="{y(mean):.1f}" r="5" fill="{COLOURS[model]}"/>')
+            drawn.append(text(x(rate) + 8, y(mean) - 8, f"{horizon:,}", colour=COLOURS[model]))
+        if points:
+            drawn.append(text(WIDTH - RIGHT + 10, y(points[-1][1]) + 4, model, colour=COLOURS[model]))
+    for model, mean in marks.items():
+        drawn.append(f'<path d="M{LEFT},{y(mean):.1f} H{WIDTH - RIGHT}" stroke="#444" stroke-dasharray="5 4"/>')
+        drawn.append(text(WIDTH - RIGHT + 10, y(mean) + 4, f"{model} {mean:.0f}"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">'
+        '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(drawn) + "\n</svg>\n"
+    )
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", size: int = 13, colour: str = "black") -> str:
+    at = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
+    return f"<text {at}>{escape(words)}</text>"
