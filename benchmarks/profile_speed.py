@@ -4,9 +4,9 @@ Writes results/profile_speed.json:
 
     python benchmarks/profile_speed.py
 
-Truncation up to 2,048 inputs at 128 and at 2,048 (the default) sampled positions, gradients, forgetting, local rates and 16 exponents over 10,000
-steps. Memory is what the process grew by at its peak; the second row has ten times the data, to show that it does not
-grow with them (but for the data themselves).
+Truncation up to 2,048 inputs at 128 and at 2,048 (the default) sampled positions, gradients, forgetting, local rates
+and 16 exponents over 10,000 steps. Memory is what the process grew by at its peak; with `--steps` another length of
+data can be given, to see that it does not grow with them (but for the data themselves).
 """
 
 import argparse
@@ -65,8 +65,8 @@ def row(steps: int, positions: int) -> Record:
     seconds, mebibytes = results.get()
     process.join()
     return make_record(
-        command=command_line(), task="random inputs", model="lstm", variant=f"profile of {steps:,} steps, {positions:,} positions",
-        metric="seconds", split=None, mean=round(seconds, 2), std=None, seeds=1, hidden_size=HIDDEN,
+        command=command_line(), task="random inputs", model="lstm",
+        variant=f"profile of {steps:,} steps, {positions:,} positions", metric="seconds", split=None, mean=round(seconds, 2), std=None, seeds=1, hidden_size=HIDDEN,
         positions=positions, peak_memory_mib=round(mebibytes, 1),
     )  # fmt: skip
 
