@@ -66,7 +66,8 @@ def row(steps: int, positions: int) -> Record:
     process.join()
     return make_record(
         command=command_line(), task="random inputs", model="lstm",
-        variant=f"profile of {steps:,} steps, {positions:,} positions", metric="seconds", split=None, mean=round(seconds, 2), std=None, seeds=1, hidden_size=HIDDEN,
+        variant=f"profile of {steps:,} steps, {positions:,} positions",
+        metric="seconds", split=None, mean=round(seconds, 2), std=None, seeds=1, hidden_size=HIDDEN,
         positions=positions, peak_memory_mib=round(mebibytes, 1),
     )  # fmt: skip
 

@@ -14,8 +14,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,7 @@ def train(name: str, task: Task, most_seeds: int) -> list[Record]:
         seeds=len(tests),
         valid_mean=round(statistics.mean(exp(result["valid_loss"]) for result in results), 3),
         valid_by_epoch=[round(exp(epoch["valid_loss"]), 2) for epoch in results[0]["history"]],
-        minutes=round(statistics.mean(result["minutes"] for result in results), 2),
-        train_tokens_per_s=round(results[0]["tokens"] / (60 * results[0]["minutes"])),
+        minutes=round(statistics.mean(undisturbed_minutes(result["history"]) for result in results), 2),
         receptive_field=model.receptive_field,
         k_star=profile.k(DELTA),
         local_rate=max((layer.local_rate for layer in profile.layers), default=None),
@@ -155,6 +155,12 @@ def train(name: str, task: Task, most_seeds: int) -> list[Record]:
     )
     cut = [truncated(base, row, profile, tests[0], k) for k in profile.ks] if model.recurrent else []
     return [main, *cut]
+
+
+def undisturbed_minutes(history: Sequence[Mapping[str, float]]) -> float:
+    """Return the minutes a training takes: its epochs times the fastest, since it may be paused for other timings."""
+    ends = [0.0, *(epoch["seconds"] for epoch in history)]
+    return len(history) * min(after - before for before, after in pairwise(ends)) / 60
 
 
 def proved(proof: Certificate | None) -> dict[str, Any]:
