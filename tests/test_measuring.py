@@ -12,7 +12,7 @@ import torch
 from command import run
 from unrecurrent.checkpoint import load_config, save_model
 from unrecurrent.errors import InputError
-from unrecurrent.measuring import load_arrays, measure_file
+from unrecurrent.measuring import _scaled, load_arrays, measure_file
 from unrecurrent.models import Interface, build_model
 from unrecurrent.tasks import get_task
 from unrecurrent.training import TrainingConfig, TrainingRun
@@ -157,6 +157,12 @@ def test_a_forecaster_reads_raw_columns_in_its_own_scale(tmp_path):
         (profile,) = measure_file(folder, str(tmp_path / "raw.npy"), **SMALL).values()
         found.append(profile)
     np.testing.assert_allclose(found[0].losses, found[1].losses, rtol=1e-3, atol=1e-9)
+
+
+def test_raw_columns_far_from_zero_keep_their_digits():
+    scales = {"mean": [1e8], "std": [1.0]}
+    x = 1e8 + np.arange(5.0)[:, None]
+    assert np.array_equal(_scaled(x, scales), np.arange(5.0)[:, None])
 
 
 def test_symbols_and_features_are_not_mixed_up(reader, regressor, tmp_path, story):

@@ -144,6 +144,8 @@ def test_nothing_to_measure_and_reduced_losses_are_refused():
         ({"exponents": "many"}, "exponents must be"),
         ({"delta": -1}, "delta must be a share"),
         ({"delta": float("nan")}, "delta must be a share"),
+        ({"delta": None}, "delta must be a share"),
+        ({"ks": np.array([0, 1])}, "each of ks must be"),
     ],
 )
 def test_settings_out_of_range_are_one_sentence(settings, said):

@@ -117,6 +117,19 @@ def test_a_certificate_covers_the_start_the_graph_was_given(saved):
     assert wide.horizon(0.01) is None or wide.horizon(0.01) > near.horizon(0.01)
 
 
+def test_a_certificate_covers_the_start_of_the_other_gru_form(saved):
+    """The difference of the real states stays below what is proved from a start outside the usual bounds."""
+    graph = load_graph(saved(node_model("GRU", linear_before_reset=0, states=True, scale=0.1, tail=False)))
+    x = np.random.default_rng(1).normal(size=(T, 1, D))
+    far = {"x": x, "h0": np.full((1, 1, H), 9.0)}
+    (proved,) = graph.certificates(far).values()
+    ends = [graph.captured(graph.feeds(data))[0].outputs[0] for data in ({"x": x}, far)]
+    apart = (ends[0] - ends[1]).abs().amax(1)
+    for eps in (1.0, 0.5, 0.2):
+        horizon = proved.horizon(eps)
+        assert horizon is None or float(apart[horizon:].max()) <= eps
+
+
 def test_tail_gives_the_graph_s_output_from_hidden_states(saved):
     graph = load_graph(saved(node_model("GRU", linear_before_reset=1)))
     x = np.random.default_rng(1).normal(size=(T, 1, D)).astype(np.float32)

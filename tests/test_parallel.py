@@ -595,8 +595,14 @@ def test_bad_input_gets_one_sentence():
         run_parallel(OutputsOnly(), x)
     with one_sentence("h0 is torch.float64 on cpu but the module computes in torch.float32"):
         run_parallel(module, x, tuple(torch.zeros(1, 2, 5, dtype=torch.float64) for _ in range(2)))
-    with one_sentence("out is x itself"):
-        run_parallel(nn.LSTM(3, 3), (same := torch.randn(100, 2, 3)), out=same)
+    same = torch.randn(100, 2, 3)
+    for out in (same, same[:], same.detach(), same.numpy()):
+        with one_sentence("out lies in the memory of x"):
+            run_parallel(nn.LSTM(3, 3), same, out=out)
+    with one_sentence("cannot be written to as >f4"):
+        run_parallel(nn.LSTM(3, 3), same, out=np.empty((100, 2, 3), ">f4"))
+    with one_sentence("x is torch.int64 but"):
+        run_parallel(module, x.long())
     with one_sentence("chunks is True"):
         run_parallel(module, x, chunks=True)
     assert run_parallel(module, x, chunks=np.int64(2), warmup=np.int32(45))[2].chunks == 2
@@ -622,6 +628,30 @@ def test_a_module_may_call_a_layer_dropout():
 
     module, x = Regularised(), torch.randn(300, 1, 3)
     assert_same(run_parallel(module, x, chunks=3, warmup=45)[:2], module(x), 1e-4)
+
+
+def test_gradients_of_parametrized_weights_are_not_lost():
+    """Computed weights are no parameters of the module that runs one direction."""
+    module, x = nn.GRU(3, 8, bidirectional=True, bias=False), torch.randn(400, 1, 3)
+    for name in [name for name, _ in module.named_parameters()]:
+        nn.utils.parametrizations.spectral_norm(module, name)
+    module.eval()
+    y, _, evidence = run_parallel(module, x, chunks=4, warmup=60)
+    assert (evidence.mode, y.requires_grad) == ("parallel", True)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 16, 40])
+def test_sequences_too_short_for_a_pilot_run_by_themselves(steps):
+    module, x = nn.GRU(3, 8), torch.randn(steps, 1, 3)
+    assert_same(run_parallel(module, x, chunks=2)[:2], module(x), 1e-4)
+
+
+def test_missing_values_in_packed_sequences_are_seen():
+    for lengths, options in (([400, 1, 1], {"chunks": 8, "warmup": 60}), ([300, 50], {})):
+        sequences = [torch.randn(n, 3) for n in lengths]
+        sequences[-1][0] = float("nan")
+        with one_sentence("NaN"):
+            run_parallel(nn.GRU(3, 8), pack_sequence(sequences), **options)
 
 
 def test_bidirectional_with_a_parametrization():

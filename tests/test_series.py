@@ -221,6 +221,12 @@ def test_numbers_are_the_time_where_their_name_says_so(tmp_path, values):
     assert (task.time, task.seconds) == ("Timestamp", None)
 
 
+def test_a_column_called_time_may_be_what_is_predicted(tmp_path, values):
+    path = write(tmp_path / "x.csv", {"load": values[::-1], "time": values, "epoch": [t % 24 for t in range(203)]})
+    task = get_task(f"series:{path}?target=time&covariates=epoch")
+    assert (task.target, task.time) == ("time", None)
+
+
 def test_numbers_beyond_what_can_be_squared_are_refused(tmp_path):
     task = get_task(f"series:{write(tmp_path / 'x.csv', {'x': [1e200 * (t % 7) for t in range(203)]})}")
     with pytest.raises(InputError, match="too large to be squared"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from unrecurrent.errors import InputError
-from unrecurrent.sharded import accumulated, run_sharded
+from unrecurrent.sharded import _largest_of, accumulated, run_sharded
 
 RANKS, STEPS = 2, 2400
 SCRIPT = """
@@ -130,6 +130,11 @@ def test_errors_add_up_over_ranks():
     """A rank whose own boundary agrees is still off by what is left of the errors before it."""
     errors = accumulated([(0.0, 1.5, 0.9, 0.1), (0.05, 1.5, 0.9, 0.1), (0.0, 1.5, 0.9, 0.1)])
     assert errors == pytest.approx([0.1, 0.325, 0.1 + 1.5 * (0.1 + 0.9 * 0.15)])
+
+
+def test_no_number_is_no_agreement():
+    assert _largest_of([0.0, float("nan")]) == float("inf")
+    assert _largest_of([0.0, 2.0]) == 2.0
 
 
 def test_ranks_write_into_one_memory_map(folder):

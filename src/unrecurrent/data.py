@@ -246,7 +246,7 @@ def _members(archive: Path, sources: Sequence[Source]) -> dict[str | None, bytes
     try:
         entries = _zip_entries(archive) if zipfile.is_zipfile(archive) else _tar_entries(archive)
         return {name: read() for name, read in entries if name in wanted}
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, LookupError, RuntimeError) as error:
         archive.unlink()
         raise InputError(f"the archive from {sources[0].url} is damaged and was thrown away: run again") from error
 
@@ -258,9 +258,13 @@ def _tar_entries(archive: Path) -> _Entries:
     """Yield the name of each file in the archive and what reads it, to be called before the next one is asked for."""
     with tarfile.open(archive, "r:gz") as tar:
         for entry in tar:
-            file = tar.extractfile(entry)
-            if file is not None:
-                yield entry.name.removeprefix("./"), file.read
+            if entry.isreg():
+                yield entry.name.removeprefix("./"), partial(_contents, tar, entry)
+
+
+def _contents(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(entry)
+    return file.read() if file is not None else b""
 
 
 def _zip_entries(archive: Path) -> _Entries:

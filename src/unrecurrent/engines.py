@@ -199,7 +199,8 @@ def parts_of(state: Any) -> State:
 
 
 def _layer_states(module: nn.RNNBase) -> State:
-    layers, like = module.num_layers * (1 + module.bidirectional), next(module.parameters())
+    like: Any = module.weight_hh_l0  # a parametrized module may have no parameters of its own
+    layers = module.num_layers * (1 + module.bidirectional)
     hidden = like.new_empty(layers, 1, module.proj_size or module.hidden_size)
     return (hidden, like.new_empty(layers, 1, module.hidden_size)) if module.mode == "LSTM" else (hidden,)
 

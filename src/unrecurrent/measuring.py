@@ -1,5 +1,6 @@
 """Memory of what lies on disk: a checkpoint on a task, a text or an array; the recurrent nodes of an ONNX file."""
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -20,6 +21,11 @@ from unrecurrent.tasks import Example, Task, get_task
 from unrecurrent.tasks.csv_table import read_csv
 
 ARRAYS = (".npy", ".npz", ".csv")
+#: what NumPy raises for files that are no arrays, or damaged ones
+_DAMAGED = (
+    *(ValueError, OSError, EOFError, KeyError, MemoryError, OverflowError, SyntaxError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 
 def measure_file(
@@ -53,7 +59,7 @@ def measure_checkpoint(
     model, config = load_model(folder)
     name = data or config["task"]
     if Path(name).suffix in ARRAYS and ":" not in name:
-        inputs = _scaled(_sequences(load_arrays(Path(name)), model, name), config.get("scales"))
+        inputs = _sequences(_scaled(load_arrays(Path(name)), config.get("scales")), model, name)
         targets = _outputs(model, inputs)
         scale = float(torch.cat(targets).var(0, correction=0).mean())
         pairs = [Example(x, y) for x, y in zip(inputs, targets, strict=True)]
@@ -109,15 +115,17 @@ def _check_targets(examples: Sequence[Example], model: SequenceModel, name: str)
         )
 
 
-def _scaled(inputs: list[Tensor], scales: dict[str, list[float]] | None) -> list[Tensor]:
-    """Inputs in the units of their file, standardised as those the model was trained on were."""
-    if scales is None:
-        return inputs
-    mean, std = (torch.tensor(scales[part], dtype=torch.float64) for part in ("mean", "std"))
-    return [((x - mean) / std).float() for x in inputs]
+_Arrays = dict[str, np.ndarray] | np.ndarray
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray] | np.ndarray:
+def _scaled(array: _Arrays, scales: dict[str, list[float]] | None) -> _Arrays:
+    """Inputs in the units of their file, standardised in float64 as those the model was trained on were."""
+    if scales is None or isinstance(array, dict) or array.shape[-1:] != (len(scales["mean"]),):
+        return array
+    return (array.astype(np.float64) - scales["mean"]) / scales["std"]
+
+
+def load_arrays(path: Path) -> _Arrays:
     """Read a .npy array, the arrays of an .npz file by name, or the numeric columns of a .csv file with a header.
 
     Raises:
@@ -137,7 +145,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray] | np.ndarray:
             arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     except InputError:
         raise
-    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} cannot be read as numbers ({reason}): write it again") from error
     for name, array in arrays.items():
@@ -147,7 +155,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray] | np.ndarray:
     return loaded if isinstance(loaded, np.ndarray) else arrays
 
 
-def _sequences(array: dict[str, np.ndarray] | np.ndarray, model: SequenceModel, name: str) -> list[Tensor]:
+def _sequences(array: _Arrays, model: SequenceModel, name: str) -> list[Tensor]:
     """One tensor (T, D), or (T,) for symbols, for each sequence of an array (T, …) or (N, T, …)."""
     if isinstance(array, dict):
         raise InputError(f"a checkpoint reads one array, but {name} holds {len(array)}: give a .npy file")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -311,7 +312,8 @@ def measure_memory(
             sample.lengths, sample.reader, _steps_kept(steps, longest), _lane_length(data, longest), seed
         )
         full = sample.full(taps, wanted, say)
-        measured = {k: sample.at(k, say) for k in (ks or _powers_of_two(_longest(data, longest)))}
+        first = _powers_of_two(_longest(data, longest)) if ks is None else [int(k) for k in ks]
+        measured = {k: sample.at(k, say) for k in first}
         if ks is None:
             _bisect(measured, full, lambda k: sample.at(k, say), partial(_allowed, delta, scale, exponential))
         gradient = sample.gradient(min(longest, GRADIENT_LAGS), scale is None, say) if layers else None
@@ -330,13 +332,13 @@ def measure_memory(
 def _check_settings(ks: Sequence[int] | None, *, delta: float, exponents: int | Literal["all"], **counts: int) -> None:
     if ks is not None and not len(ks):
         raise InputError("ks is empty: give the truncation lengths to measure, or leave it out")
-    for k in ks or ():
+    for k in () if ks is None else ks:
         _check_whole("each of ks", k, 1)
     for name, value in counts.items():
         _check_whole(name, value, 1)
     if exponents != "all":
         _check_whole("exponents", exponents, 0)
-    if not 0 <= delta < math.inf:
+    if not (isinstance(delta, Real) and 0 <= delta < math.inf):
         raise InputError(f"delta must be a share of the loss, 0 or more, not {delta}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unrecurrent.cells import BoxInput, GRUCell, InputSet, PointInput
+from unrecurrent.cells import BoxInput, GRUCell, InputSet, Interval, PointInput
 from unrecurrent.certificate import Certificate, certify
 from unrecurrent.errors import InputError
 from unrecurrent.memory import MemoryProfile, measure_memory
@@ -317,7 +317,7 @@ class Captured:
         A torch layer starts from zero; `module` starts where the graph did.
         """
         if not self.node.reset_after:
-            cell = GRUCell(*self.weights, reset_after=False)
+            cell = GRUCell(*self.weights, reset_after=False, start=self._start_interval)
             return CellLayer(cell, self.start[0].double())
         weight_ih, weight_hh = self.weights[:2]
         sizes = {"input_size": weight_ih.shape[1], "hidden_size": weight_hh.shape[1], "batch_first": True}
@@ -345,7 +345,13 @@ class Captured:
         allowed: InputSet | None = None if inputs is None else PointInput(inputs)
         if not seen and input_bound is not None:
             allowed = BoxInput.bounded(input_bound, self.weights[0].shape[1])
-        return certify(GRUCell(*self.weights, reset_after=False, inputs=allowed), method=method)
+        cell = GRUCell(*self.weights, reset_after=False, inputs=allowed, start=self._start_interval)
+        return certify(cell, method=method)
+
+    @property
+    def _start_interval(self) -> Interval | None:
+        start = self._start_if_not_zero
+        return None if start is None else Interval(start.flatten().double(), start.flatten().double())
 
     @property
     def _start_if_not_zero(self) -> Any:

@@ -40,6 +40,7 @@ _PILOT_BLOCK = 16
 _PILOT_ROWS = 16
 _GAIN_CHUNKS = 8
 _CARRY_STEPS = 32  # on which a user's module is tried
+_NUMPY_TYPES = (np.float16, np.float32, np.float64)  # what outputs can be written as, in the machine's byte order
 _SHORTEST = 1024  # below this many steps a pilot costs more than the chunks can save
 _ATTEMPT_SHARE = 0.48  # of the sequential run: what may be spent before all boundaries agree
 _CHECKED_SHARE = 0.8  # what may be spent in all, once they do
@@ -423,7 +424,8 @@ def _check_state_carries_all(plain: ModuleEngine, head: Tensor, h0: State, tol: 
 def _needs_gradient(module: nn.Module, x: Tensor, h0: State) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or any(t.requires_grad for t in (*h0, *module.parameters()))
+    weights = (*module.parameters(), *getattr(module, "_flat_weights", ()))  # the latter may be computed from others
+    return x.requires_grad or any(t is not None and t.requires_grad for t in (*h0, *weights))
 
 
 def _decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options) -> tuple[_Plan, _Ledger, float | None]:
@@ -470,6 +472,8 @@ def _cheapest_chunks(steps: int, batch: int, warmup: int, cost: StepCost) -> int
 
 def _forgetting(engine: Engine, x: Tensor, options: _Options, ledger: _Ledger) -> tuple[int, float]:
     """How many steps a few windows of x need to forget a zero start state to a quarter of tol, and the rate a step."""
+    if len(x) < 2 * _PILOT_BLOCK:
+        raise _NotWorthIt(f"{len(x)} steps are too few to see what the module forgets: give warmup as well")
     pilot = _Pilot(engine, x, ledger)
     first = apart = pilot.apart()
     lag, target = 0, options.tol / 4
@@ -713,7 +717,8 @@ class _Call(NamedTuple):
         state = template if h0 is None else parts_of(h0)
         _check_state(state, template)
         dtype = _tensor(straight[:1]).dtype
-        if dtype.is_floating_point and dtype != template[0].dtype:
+        reads_numbers = dtype.is_floating_point or isinstance(module, nn.RNNBase)
+        if reads_numbers and dtype != template[0].dtype:
             raise InputError(f"x is {dtype} but the module computes in {template[0].dtype}: convert one of them")
         floor = 16 * torch.finfo(template[0].dtype).eps
         if not options.tol >= floor:
@@ -842,11 +847,12 @@ def _input_gain(plain: ModuleEngine, x: Tensor, tol: float, windows: int = 8, st
 
 def _run_packed(module: nn.Module, x: PackedSequence, h0: Any, options: _Options) -> tuple[Any, Any, Evidence]:
     """Every sequence by itself, longest first; where one cannot, the module runs on the packed batch."""
-    padded, lengths = pad_packed_sequence(x)
+    padded, lengths = pad_packed_sequence(x._replace(data=_finite(x.data)))
     begun, results = time.perf_counter(), {}
     if options.chunks == "auto" and len(padded) >= _SHORTEST:
-        together = len(padded) * sequential_step(ModuleEngine(module, padded), padded)
-        one_by_one = int(lengths.sum()) * sequential_step(ModuleEngine(module, padded[:, :1]), padded[:, :1])
+        alone = None if h0 is None else _packed_like(h0, tuple(part[:, :1] for part in parts_of(h0)))
+        together = len(padded) * sequential_step(ModuleEngine(module, padded, h0), padded)
+        one_by_one = int(lengths.sum()) * sequential_step(ModuleEngine(module, padded[:, :1], alone), padded[:, :1])
         options = options._replace(budget=min(1.0, together / one_by_one))
     for b in torch.argsort(lengths, descending=True).tolist():
         sequence = padded[: lengths[b], b : b + 1]
@@ -929,14 +935,24 @@ def _time_major(out: Any, call: _Call) -> Any:
     wanted = (*call.original_x.shape[: 1 if call.unbatched else 2], width)
     if not isinstance(out, Tensor | np.ndarray):
         raise InputError(f"out must be a tensor or a NumPy array, not {type(out).__name__}")
-    dtype = torch.from_numpy(np.empty(0, out.dtype)).dtype if isinstance(out, np.ndarray) else out.dtype
-    if out is call.original_x:
-        raise InputError("out is x itself, which is still read when the first outputs are written: give another out")
+    if _shares_memory(out, call.original_x):
+        raise InputError("out lies in the memory of x, which is still read when outputs are written: give another out")
+    if isinstance(out, np.ndarray) and (out.dtype not in _NUMPY_TYPES or not out.flags.writeable):
+        raise InputError(f"out cannot be written to as {out.dtype}: give a writable array of the module's type")
+    dtype = _tensor(out[:0]).dtype if isinstance(out, np.ndarray) else out.dtype
     if dtype != call.h0[0].dtype:
         raise InputError(f"out is {dtype} but the module computes in {call.h0[0].dtype}: give an out of that type")
     if tuple(out.shape) != wanted:
         raise InputError(f"out has shape {tuple(out.shape)}, but the outputs have shape {wanted}")
     return out[:, None] if call.unbatched else out.swapaxes(0, 1) if call.batch_first else out
+
+
+def _shares_memory(out: Any, x: Any) -> bool:
+    arrays = [t.detach().numpy() if isinstance(t, Tensor) and t.is_cpu else t for t in (out, x)]
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        return bool(np.may_share_memory(arrays[0], arrays[1]))
+    tensors = [t.untyped_storage().data_ptr() for t in arrays if isinstance(t, Tensor)]
+    return len(tensors) == 2 and tensors[0] == tensors[1]
 
 
 def _write(target: Any, begin: int, y: Tensor) -> None:

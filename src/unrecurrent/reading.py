@@ -148,6 +148,8 @@ def _other_values(inputs: Tensor, sequence: Tensor) -> Tensor:
     if inputs.is_floating_point():
         noise = torch.randn(inputs.shape, generator=generator).to(inputs)
         return inputs + noise * (1 + inputs.abs())
+    if inputs.dtype == torch.bool:
+        return ~inputs
     known = sequence.unique().to(inputs.device)
     if len(known) == 1:  # 0 is the only other symbol that any vocabulary has
         return torch.zeros_like(inputs)

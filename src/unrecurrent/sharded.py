@@ -5,7 +5,8 @@ the warm-up before it, runs that span with `run_parallel`, and sends its end sta
 for each boundary. The check is the same as between chunks, and so is the answer.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -102,9 +103,9 @@ class _Shard:
                 return self._one_after_the_other(_NEEDED)
             assert evidence is not None
             sent = self._from_before(end)
-            mismatch = max((a - b).abs().max().item() for a, b in zip(start, sent, strict=True))
+            mismatch = _largest_of((a - b).abs().max().item() for a, b in zip(start, sent, strict=True))
             errors = self._errors(mismatch, evidence)
-            error, worst = errors[self.rank], max(errors)
+            error, worst = errors[self.rank], _largest_of(errors)
             if worst <= self.options.tol:
                 evidence = replace(
                     evidence,
@@ -120,8 +121,9 @@ class _Shard:
         return self._one_after_the_other(f"the ranks do not agree after {_ROUNDS} sweeps")
 
     def _errors(self, mismatch: float, evidence: Evidence) -> list[float]:
-        gain, left = (1.0 if value is None else value for value in (evidence.gain, evidence.left))
-        return accumulated(self._gathered([mismatch, max(1.0, gain), min(left, gain), evidence.error_estimate]))
+        gain = _largest_of((1.0, 1.0 if evidence.gain is None else evidence.gain))
+        left = gain if evidence.left is None else evidence.left
+        return accumulated(self._gathered([mismatch, gain, left, evidence.error_estimate]))
 
     def _together(self, work: Callable[[], _T]) -> _T:
         """Do a rank's own work; what is wrong with the input of one rank is an `InputError` on all of them."""
@@ -251,9 +253,15 @@ class _Shard:
     def _largest(self, value: float) -> float:
         if self.ranks == 1:
             return value
-        number = torch.tensor([value], dtype=torch.float64, device=self.call.h0[0].device)
+        number = torch.tensor([_largest_of((value,))], dtype=torch.float64, device=self.call.h0[0].device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
+
+
+def _largest_of(values: Iterable[float]) -> float:
+    """The largest of some numbers, infinity where one is not a number: what `max` says then depends on their order."""
+    known = list(values)
+    return math.inf if any(math.isnan(value) for value in known) else max(known)
 
 
 def accumulated(ranks: Sequence[Sequence[float]]) -> list[float]:

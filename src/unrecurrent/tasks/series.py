@@ -236,7 +236,8 @@ class SeriesFile(SeriesTask):
         file, options = _parse_name(name)
         self.table = read_csv(Path(file).expanduser())
         self.id_column = options.get("id", [None])[0]
-        self.time = options.get("time", [None])[0] or _find_time(self.table, self.id_column)
+        used = {self.id_column, *options.get("target", ()), *options.get("covariates", ())}
+        self.time = options.get("time", [None])[0] or _find_time(self.table, used)
         self.target = options["target"][0] if "target" in options else self._last_number()
         horizon = _whole(options, "horizon", 1, least=0)
         self.covariates = self._named_covariates(options.get("covariates", []))
@@ -365,9 +366,9 @@ def _whole(options: Mapping[str, Sequence[str]], key: str, default: int, least: 
     return int(text)
 
 
-def _find_time(table: CsvTable, id_column: str | None) -> str | None:
-    """Return the first column that says when its row was measured."""
-    return next((name for name in table.columns if name != id_column and table.is_time(name)), None)
+def _find_time(table: CsvTable, used: set[str | None]) -> str | None:
+    """Return the first column that says when its row was measured, of those not used for something else."""
+    return next((name for name in table.columns if name not in used and table.is_time(name)), None)
 
 
 def _check_varies(values: np.ndarray, column: str, series: str, *, is_target: bool) -> None:
