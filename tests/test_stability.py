@@ -638,3 +638,16 @@ def test_one_call_holds_a_layer_as_the_plain_steps_do(kind, stated, size, scale)
     for fast, plain in zip(*kept, strict=True):
         for a, b in zip(fast, plain, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("fast", [True, False])
+def test_large_drives_cancel_without_breaking_the_rate(kind, fast, monkeypatch):
+    """A bias of a million has hardly a digit behind the point in float32."""
+    if not fast:
+        monkeypatch.setattr(kernels, "takes", lambda *weights: False)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        module = kind(3, 16)
+        constraint = stabilize(module, rate=0.9, inputs=1e6 * torch.randn(200, 3))
+        assert constraint.certificate().rate <= 0.9

@@ -44,7 +44,10 @@ class _Drive(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("inputs", "keeping", "tied", "drive_rounds")),
         *((name, ctypes.c_float) for name in ("bound", "cap", "hidden_bound")),
-        *((name, ctypes.c_float) for name in ("likely_rows", "keeps_tolerance", "lowest", "shut", "tolerance")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("likely_rows", "keeps_tolerance", "lowest", "shut", "tolerance", "margin")
+        ),
     )
 
 

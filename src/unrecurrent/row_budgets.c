@@ -280,7 +280,7 @@ int lower_drive(float *weight, int count, int size, const float *ones, float bou
    the gate that is its opposite (-1: none), `bound` that of the inputs (negative: `highest` says how far they drive). */
 typedef struct {
     int32_t inputs, keeping, tied, drive_rounds;
-    float bound, cap, hidden_bound, likely_rows, keeps_tolerance, lowest, shut, tolerance;
+    float bound, cap, hidden_bound, likely_rows, keeps_tolerance, lowest, shut, tolerance, margin;
 } Drive;
 
 typedef struct {
@@ -327,7 +327,8 @@ int hold_layer(const Layer *l, const Drive *d, const Tensors *t) {
             tie(first, t->bias_ih + other, 1), tie(second, t->bias_hh + other, 1);
         }
         float drive = d->bound < 0 ? t->highest[j] : d->bound * row_sum(drive_row, t->ones, d->inputs);
-        drive += *first + *second;
+        float margin = d->margin * (fabsf(drive) + fabsf(*first) + fabsf(*second));
+        drive += *first + *second + margin;
         float rows = d->hidden_bound * row_sum(row, t->ones, size);
         Unit unit = {t->v_cell[j], capped(d, drive + rows), 1.0f, 1.0f, 0.0f};
         if (l->kind == GRU)
@@ -347,7 +348,7 @@ int hold_layer(const Layer *l, const Drive *d, const Tensors *t) {
             if (d->bound < 0)
                 *first -= (drive - room) / 2, *second -= (drive - room) / 2;
             else
-                lower_row(drive_row, d->inputs, t->ones, d->bound, room, first, second, d->tolerance / 2,
+                lower_row(drive_row, d->inputs, t->ones, d->bound, room - margin, first, second, d->tolerance / 2,
                           d->drive_rounds);
             moved++;
         }

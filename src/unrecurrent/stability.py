@@ -59,6 +59,8 @@ LIKELY_ROWS = 1.0
 # A unit keeps its budget if it exceeds it by no more than this share: what was just projected is not moved again.
 KEEPS_TOLERANCE = 0.01
 DRIVE_TOLERANCE = 1e-5
+# A drive is a difference of what may be large numbers in float32: it counts as higher by this share of them.
+DRIVE_MARGIN = 3e-7
 LOWEST_ARGUMENT = -20.0
 
 
@@ -310,11 +312,13 @@ class _Rows(_Policy):
             biases = (layer.gate(biases[0], gate), layer.gate(biases[1], gate))
         return layer.gate(layer.weight_ih, gate), biases
 
-    def _drive_and_rows(self) -> tuple[Tensor, Tensor]:
-        """Of the keeping gate the supremum of the drive, and the part that the state can add to it."""
+    def _drive_and_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the keeping gate the supremum of the drive, the part that the state can add, and the drive's margin."""
         weight, biases = self._gate_parameters()
         rows = _row_sums(blocks_of(self.layer.weight_hh)[self.KEEPING_GATE]) * self.hidden_bound
-        return self.drive.highest(weight) + _total(biases).to(weight), rows
+        highest = self.drive.highest(weight)
+        margin = DRIVE_MARGIN * (highest.abs() + sum(bias.abs() for bias in biases or ()))
+        return highest + _total(biases).to(weight) + margin, rows, margin
 
     def _capped(self, argument: Tensor) -> Tensor:
         """The gate at its highest argument, no higher than the cap and no lower than can be told from zero."""
@@ -325,7 +329,7 @@ class _Rows(_Policy):
 
         Without that, the rows of the gate itself, large as they come, would leave such a unit the least of budgets.
         """
-        drive, rows = self._drive_and_rows()
+        drive, rows, _ = self._drive_and_rows()
         budget = self._budget_at(self._capped(drive + rows))
         if not bool((rows > LIKELY_ROWS).any()):
             return budget
@@ -357,6 +361,7 @@ class _Rows(_Policy):
             drive |= {
                 "keeps_tolerance": KEEPS_TOLERANCE,
                 "tolerance": DRIVE_TOLERANCE,
+                "margin": DRIVE_MARGIN,
                 "drive_rounds": DRIVE_ROUNDS,
                 "inputs": inputs,
             }
@@ -367,11 +372,11 @@ class _Rows(_Policy):
         """`_keep` in PyTorch and row by row: for other devices and types, and where there is no compiler."""
         budget = self._budget()
         hold_rows_(self.layer.weight_hh, budget, self.norm)
-        drive, rows = self._drive_and_rows()
+        drive, rows, margin = self._drive_and_rows()
         # A gate that is all but shut has a ceiling of 0 in float32, whose logit would be infinite.
         room = torch.logit(budget.ceiling.clamp_min(SHUT)) - rows
         if bool((drive > room + DRIVE_TOLERANCE).any()):
-            self.drive.lower_(*self._gate_parameters(), torch.where(drive > room, room, drive))
+            self.drive.lower_(*self._gate_parameters(), torch.where(drive > room, room, drive) - margin)
 
     @torch.no_grad()
     def project(self) -> None:
