@@ -21,7 +21,13 @@ from unrecurrent.feasible import (
     hold_rows_reference_,
     needed_norm,
 )
-from unrecurrent.projections import clip_singular_values_, clip_top_, first_basis, project_rows_
+from unrecurrent.projections import (
+    clip_singular_values_,
+    clip_top_,
+    clip_top_reference_,
+    first_basis,
+    project_rows_,
+)
 from unrecurrent.stability import Constraint, StableGRU, StableLSTM, StableRNN, _BoxDrive, stabilize
 
 
@@ -175,6 +181,24 @@ def test_warm_started_clipping_follows_the_largest_singular_values(size):
         clip_singular_values_(exact, 0.9)
     assert torch.linalg.matrix_norm(weight, 2) <= 0.9 * 1.001
     torch.testing.assert_close(weight, exact, atol=5e-3, rtol=0)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("shape", [(16, 16), (64, 48), (256, 256), (40, 16), (500, 512)])
+@pytest.mark.parametrize("scale", [0.3, 0.55, 3.0])
+def test_one_call_clips_as_the_plain_steps_do(shape, scale):
+    torch.manual_seed(0)
+    weight = scale * torch.randn(shape) / shape[1] ** 0.5
+    fast, plain = weight.clone(), weight.clone()
+    fast_basis = torch.linalg.qr(torch.randn(shape[1], 8))[0].contiguous()
+    plain_basis = fast_basis.clone()
+    for _ in range(6):
+        change = 0.01 * torch.randn(shape) / shape[1] ** 0.5
+        for matrix, basis, clip in ((fast, fast_basis, kernels.clip_top), (plain, plain_basis, clip_top_reference_)):
+            matrix += change
+            clip(matrix, 0.9, basis)
+        torch.testing.assert_close(fast, plain, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(fast_basis.t() @ fast_basis, torch.eye(8), atol=1e-3, rtol=0)
 
 
 def test_more_large_singular_values_than_are_followed_are_scaled_down():

@@ -202,6 +202,26 @@ def hold_rows(
         _mark_written(weight)
 
 
+#: how many singular values `clip_top` follows, and of how large matrices (names as in the C file)
+DIRECTIONS, MOST_SIZE, BLOCK = 8, 512, 16
+
+
+def clips(weight: Tensor) -> bool:
+    """Whether `clip_top` is made for a matrix of this shape."""
+    rows, size = weight.shape
+    return max(rows, size) <= MOST_SIZE and size % BLOCK == 0 and rows % 4 == 0
+
+
+def clip_top(weight: Tensor, bound: float, basis: Tensor) -> None:
+    """`clip_top_` of projections.py, for a basis `(H, DIRECTIONS)` of a matrix that `clips` accepts, in place."""
+    functions = library()
+    assert functions is not None
+    given = (_pointer(weight), *weight.shape, _pointer(basis), ctypes.c_float(bound))
+    if functions.clip_top(*given):
+        _mark_written(weight)
+    _mark_written(basis)
+
+
 class PaperRows:
     """`_MillerHardtLSTM._keep` of stability.py in one call; `limits` are those of the rows of each gate."""
 

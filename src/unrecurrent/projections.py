@@ -109,7 +109,7 @@ def first_basis(weight: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     size = min(max(FEWEST_DIRECTIONS, min(weight.shape) // 32), MOST_DIRECTIONS, *weight.shape)
     columns = torch.randn(weight.shape[1], size, generator=generator)
-    return torch.linalg.qr(columns)[0].to(weight)
+    return torch.linalg.qr(columns)[0].to(weight).contiguous()
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
@@ -131,9 +131,19 @@ def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> None:
     what it misses is caught by a later call, or by `clip_singular_values_`. Where even the smallest value followed lies
     above `bound`, more than k of them do: all of W is then scaled down so that it does not.
     """
+    small = basis.shape[1] == kernels.DIRECTIONS and kernels.clips(weight)
+    if small and kernels.takes(weight, basis):
+        kernels.clip_top(weight, bound, basis)
+    else:
+        clip_top_reference_(weight, bound, basis)
+
+
+@torch.no_grad()
+def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor) -> None:
+    """`clip_top_` in PyTorch: for larger matrices, other devices and types, and where there is no compiler."""
     if weight.dtype in (torch.float16, torch.bfloat16):  # torch decomposes no matrices of these
         wide, wide_basis = weight.float(), basis.float()
-        clip_top_(wide, bound, wide_basis)
+        clip_top_reference_(wide, bound, wide_basis)
         weight.copy_(wide)
         basis.copy_(wide_basis)
         return

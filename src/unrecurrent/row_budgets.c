@@ -360,3 +360,142 @@ int hold_layer(const Layer *l, const Drive *d, const Tensors *t) {
     }
     return moved;
 }
+
+/* What follows is `clip_top_` of projections.py for DIRECTIONS columns of a small matrix, which takes torch some thirty
+   calls. A row of such columns, one number a direction, is one vector. */
+#define DIRECTIONS 8
+#define MOST_SIZE 512
+#define BLOCK 16
+
+typedef float Row __attribute__((vector_size(4 * DIRECTIONS), aligned(4)));
+typedef float Block __attribute__((vector_size(4 * BLOCK), aligned(4)));
+typedef double Small[DIRECTIONS][DIRECTIONS];
+
+/* out (rows) = weight (rows, size) times columns (size); size is a multiple of BLOCK. */
+static void times(const float *weight, int rows, int size, const Row *columns, Row *out) {
+    for (int i = 0; i < rows; i++, weight += size) {
+        Row a = {0}, b = {0}, c = {0}, d = {0};
+        for (int j = 0; j < size; j += 4) {
+            a += columns[j] * weight[j], b += columns[j + 1] * weight[j + 1];
+            c += columns[j + 2] * weight[j + 2], d += columns[j + 3] * weight[j + 3];
+        }
+        out[i] = (a + b) + (c + d);
+    }
+}
+
+/* out (size) = the transpose of weight times columns (rows); rows are a multiple of 4. */
+static void times_transposed(const float *weight, int rows, int size, const Row *columns, Row *out) {
+    for (int j = 0; j < size; j++) out[j] = (Row){0};
+    for (int i = 0; i < rows; i += 4, weight += 4 * size)
+        for (int j = 0; j < size; j++)
+            out[j] += (columns[i] * weight[j] + columns[i + 1] * weight[size + j]) +
+                      (columns[i + 2] * weight[2 * size + j] + columns[i + 3] * weight[3 * size + j]);
+}
+
+static void gram(const Row *columns, int count, Small out) {
+    Row sums[DIRECTIONS] = {{0}};
+    for (int j = 0; j < count; j++)
+        for (int m = 0; m < DIRECTIONS; m++) sums[m] += columns[j] * columns[j][m];
+    for (int m = 0; m < DIRECTIONS; m++)
+        for (int n = 0; n < DIRECTIONS; n++) out[m][n] = sums[m][n];
+}
+
+/* Each row becomes its product with `factors`: out[j] = sum over m of columns[j][m] factors[m]. */
+static void combine(const Row *columns, int count, Small factors, Row *out) {
+    Row rows[DIRECTIONS];
+    for (int m = 0; m < DIRECTIONS; m++)
+        for (int n = 0; n < DIRECTIONS; n++) rows[m][n] = (float)factors[m][n];
+    for (int j = 0; j < count; j++) {
+        Row sum = {0}, from = columns[j];
+        for (int m = 0; m < DIRECTIONS; m++) sum += rows[m] * from[m];
+        out[j] = sum;
+    }
+}
+
+/* The factors that make columns with this Gram matrix orthonormal: the transposed inverse of its Cholesky factor, with
+   a small shift. */
+static void orthonormal_factors(Small l, Small out) {
+    Small inverse = {{0}};
+    for (int m = 0; m < DIRECTIONS; m++) {
+        double pivot = l[m][m] * (1 + 1e-6) + TINY;
+        for (int n = 0; n < m; n++) {
+            for (int p = 0; p < n; p++) l[m][n] -= l[m][p] * l[n][p];
+            l[m][n] /= l[n][n];
+            pivot -= l[m][n] * l[m][n];
+        }
+        l[m][m] = sqrt(pivot > TINY ? pivot : TINY);
+        inverse[m][m] = 1 / l[m][m];
+        for (int n = 0; n < m; n++) {
+            for (int p = n; p < m; p++) inverse[m][n] -= l[m][p] * inverse[p][n];
+            inverse[m][n] /= l[m][m];
+        }
+    }
+    for (int m = 0; m < DIRECTIONS; m++)
+        for (int n = 0; n < DIRECTIONS; n++) out[n][m] = n <= m ? inverse[m][n] : 0;
+}
+
+/* Eigenvalues on the diagonal of `a`, eigenvectors in the columns of `v`, by Jacobi's rotations. */
+static void eigen(Small a, Small v) {
+    for (int m = 0; m < DIRECTIONS; m++)
+        for (int n = 0; n < DIRECTIONS; n++) v[m][n] = m == n;
+    for (int sweep = 0; sweep < 30; sweep++) {
+        double off = 0, whole = 0;
+        for (int m = 0; m < DIRECTIONS; m++)
+            for (int n = 0; n < DIRECTIONS; n++) whole += a[m][n] * a[m][n], off += m == n ? 0 : a[m][n] * a[m][n];
+        if (!(off > 1e-16 * whole)) return;
+        for (int p = 0; p < DIRECTIONS; p++)
+            for (int q = p + 1; q < DIRECTIONS; q++) {
+                if (a[p][q] == 0) continue;
+                double theta = (a[q][q] - a[p][p]) / (2 * a[p][q]);
+                double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
+                double c = 1 / sqrt(t * t + 1), s = t * c;
+                for (int k = 0; k < DIRECTIONS; k++) {
+                    double x = a[k][p], y = a[k][q];
+                    a[k][p] = c * x - s * y, a[k][q] = s * x + c * y;
+                    x = v[k][p], y = v[k][q];
+                    v[k][p] = c * x - s * y, v[k][q] = s * x + c * y;
+                }
+                for (int k = 0; k < DIRECTIONS; k++) {
+                    double x = a[p][k], y = a[q][k];
+                    a[p][k] = c * x - s * y, a[q][k] = s * x + c * y;
+                }
+            }
+    }
+}
+
+/* weight (rows, size) and basis (size, DIRECTIONS) in place; returns whether the weight was moved. */
+int clip_top(float *weight, int rows, int size, float *basis, float bound) {
+    Row image[MOST_SIZE], moved[MOST_SIZE], *turned = (Row *)basis;
+    Block across[DIRECTIONS][MOST_SIZE / BLOCK];
+    Small squares, factors;
+    float values[DIRECTIONS], least = INFINITY, most = 0;
+    times(weight, rows, size, turned, image);
+    times_transposed(weight, rows, size, image, moved);
+    gram(moved, size, squares);
+    orthonormal_factors(squares, factors);
+    combine(moved, size, factors, moved);
+    times(weight, rows, size, moved, image);
+    gram(image, rows, squares);
+    eigen(squares, factors);
+    combine(moved, size, factors, turned);
+    for (int m = 0; m < DIRECTIONS; m++) {
+        values[m] = (float)sqrt(squares[m][m] > 0 ? squares[m][m] : 0);
+        least = lesser(least, values[m]), most = greater(most, values[m]);
+    }
+    if (!(most > bound)) return 0;
+    float level = greater(least, bound), factor = bound / level;
+    for (int n = 0; n < DIRECTIONS; n++) {
+        double share = factor * greater(values[n] - level, 0) / greater(values[n], TINY);
+        for (int m = 0; m < DIRECTIONS; m++) factors[m][n] *= share;
+    }
+    combine(image, rows, factors, image);
+    for (int j = 0; j < size; j++)
+        for (int m = 0; m < DIRECTIONS; m++) across[m][j / BLOCK][j % BLOCK] = turned[j][m];
+    for (int i = 0; i < rows; i++, weight += size)
+        for (int b = 0; b < size / BLOCK; b++) {
+            Block *entries = (Block *)weight + b, sum = *entries * factor;
+            for (int m = 0; m < DIRECTIONS; m++) sum -= across[m][b] * image[i][m];
+            *entries = sum;
+        }
+    return 1;
+}
