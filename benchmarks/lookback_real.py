@@ -121,7 +121,9 @@ def window_mark(axes: Axes, found: Lookback) -> str:
     shade += f' height="{HEIGHT - TOP - BOTTOM}" fill="#000" fill-opacity="0.06"/>'
     x = axes.x(found.window)
     line = f'<path d="M{x:.1f},{TOP} V{HEIGHT - BOTTOM}" stroke="#444" stroke-dasharray="5 4"/>'
-    return shade + line + text(min(x, WIDTH - 155), TOP - 8, f"k* = {found.task.span(found.window)}", anchor="middle")
+    sign = "≥" if found.window == found.task.longest else "="
+    label = f"k* {sign} {found.task.span(found.window)}"
+    return shade + line + text(min(x, WIDTH - 155), TOP - 8, label, anchor="middle")
 
 
 def marks(axes: Axes, colour: str, ps: Sequence[tuple[float, float]]) -> str:
