@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from markup import text
 from unrecurrent.files import write_text
 from unrecurrent.lookback import Lookback, look_back
 from unrecurrent.records import read_records, write_records
@@ -86,10 +87,6 @@ def points(found: Lookback, name: str) -> list[tuple[float, float]]:
     models = [m for m in models if m.reach is not None and m.reach <= 2.7 * at]
     level = min(models, key=lambda m: abs(math.log((m.reach or 1) / at))).mean("test")
     return sorted((float(m.reach or 1), m.mean("test") / level) for m in models)
-
-
-def text(x: float, y: float, words: str, anchor: str = "start", size: int = 13) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def grid(axes: Axes) -> list[float]:

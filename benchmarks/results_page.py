@@ -6,10 +6,11 @@ With --check nothing is written; the exit code is 1 if a page is not what the re
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import wikitext2_page
+from markup import MISSING, table
 from unrecurrent.files import write_text
 from unrecurrent.records import Record, read_records
 
@@ -18,7 +19,6 @@ RESULTS, PAGE, README = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "
 START, END = "<!-- jsb table: made by benchmarks/results_page.py -->", "<!-- end of table -->"
 #: published levels of the JSB chorales, test nats a step: Bai, Kolter and Koltun 2018, table 1
 PUBLISHED = {"rnn": 8.91, "lstm": 8.45, "tcn": 8.10}
-MISSING = "–"
 
 #: column title → key of the record
 COLUMNS = {
@@ -54,12 +54,6 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def section(path: Path) -> str:

@@ -28,9 +28,8 @@ from torch.nn.functional import cross_entropy
 from unrecurrent import run_parallel
 from unrecurrent.bands import band_of_means
 from unrecurrent.batches import Batch
-from unrecurrent.certificate import Certificate
 from unrecurrent.checkpoint import load_model
-from unrecurrent.comparison import DELTA, HORIZON_EPS, certificate_on_data
+from unrecurrent.comparison import DELTA, certificate_on_data, proved
 from unrecurrent.jobs import job_folder, run_jobs
 from unrecurrent.memory import MemoryProfile
 from unrecurrent.models import SequenceModel, build_model, parameter_count
@@ -41,12 +40,12 @@ from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import Task, get_task
 from unrecurrent.training import make_optimizer, task_interface, training_batches, training_loss, word_sampler
 from unrecurrent.worker import Job
+from wikitext2_page import FOLDER, TRUNCATED
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS, RESULTS = ROOT / "runs" / "wikitext-2", ROOT / "results" / "wikitext-2"
+RUNS = ROOT / "runs" / "wikitext-2"
 THREADS = 2
-#: the lengths the recurrent models are truncated to; the last ones belong to the curve only
-TRUNCATED = (5, 10, 20, 35, 64)
+#: truncation lengths: those of the table, and more for the curve
 CURVE = (1, 2, 3, *TRUNCATED, 128, 256, 512)
 POSITIONS = 4096
 #: how the scoring speed is taken: on so many words of the test text in one sequence, this often
@@ -115,9 +114,8 @@ def job(name: str, task: Task, seed: int) -> Job:
 def train(name: str, task: Task, most_seeds: int) -> list[Record]:
     """Train a row from all its seeds, measure the first, and return its records."""
     row = ROWS[name]
-    results = [
-        run_jobs([job(name, task, seed)], [f"{name}, seed {seed}"])[0] for seed in range(min(row.seeds, most_seeds))
-    ]
+    jobs = [job(name, task, seed) for seed in range(min(row.seeds, most_seeds))]
+    results = [run_jobs([each], [f"{name}, seed {each.training.seed}"])[0] for each in jobs]
     broken = [result["diverged"] for result in results if "diverged" in result]
     if broken:
         raise SystemExit(f"{name}: {broken[0]}")
@@ -149,8 +147,8 @@ def train(name: str, task: Task, most_seeds: int) -> list[Record]:
         receptive_field=model.receptive_field,
         k_star=profile.k(DELTA),
         local_rate=max((layer.local_rate for layer in profile.layers), default=None),
-        settings=dict(job(name, task, 0).settings),
-        training={key: value for key, value in asdict(job(name, task, 0).training).items() if key != "seed"},
+        settings=dict(jobs[0].settings),
+        training={key: value for key, value in asdict(jobs[0].training).items() if key != "seed"},
         **proved(proof),
     )
     cut = [truncated(base, row, profile, tests[0], k) for k in profile.ks] if model.recurrent else []
@@ -161,12 +159,6 @@ def undisturbed_minutes(history: Sequence[Mapping[str, float]]) -> float:
     """Return the minutes a training takes: its epochs times the fastest, since it may be paused for other timings."""
     ends = [0.0, *(epoch["seconds"] for epoch in history)]
     return len(history) * min(after - before for before, after in pairwise(ends)) / 60
-
-
-def proved(proof: Certificate | None) -> dict[str, Any]:
-    if proof is None or not proof.stable:
-        return {"certified_rate": None, "certified_horizon": None}
-    return {"certified_rate": proof.rate, "certified_horizon": proof.horizon(HORIZON_EPS)}
 
 
 def measured(model: SequenceModel, task: Task) -> MemoryProfile:
@@ -305,10 +297,10 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     task = get_task("wikitext-2")
     if arguments.verb == "training-speed":
-        write_records(RESULTS / "speed" / "training.json", training_speed(task))
+        write_records(FOLDER / "speed" / "training.json", training_speed(task))
         return
     for name in arguments.rows or ROWS:
-        target = RESULTS / f"{name}.json"
+        target = FOLDER / f"{name}.json"
         if arguments.verb == "list":
             print(f"{name:28} {ROWS[name].table:14} {'done' if target.exists() else ''}")
         elif arguments.verb == "train":
@@ -316,7 +308,7 @@ def main() -> None:
             write_records(target, records)
             print(name, {key: records[0][key] for key in ("mean", "valid_mean", "params", "minutes", "certified_rate")})
         elif target.exists():
-            write_records(RESULTS / "speed" / f"{name}.json", speed(name, task))
+            write_records(FOLDER / "speed" / f"{name}.json", speed(name, task))
 
 
 if __name__ == "__main__":

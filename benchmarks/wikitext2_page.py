@@ -5,14 +5,14 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
+from markup import MISSING, table, text
 from unrecurrent.records import Record, read_records
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "wikitext-2"
 PAGE, FIGURE = FOLDER / "README.md", FOLDER / "price.svg"
-MISSING = "–"
+#: the lengths the recurrent models of the tables are truncated to
 TRUNCATED = (5, 10, 20, 35, 64)
 #: test perplexities of the article, unconstrained and stable (Miller 2018; Miller and Hardt 2019, table 1)
 PUBLISHED = {"rnn": 146.7, "stable-rnn": 143.5, "lstm": 92.3, "stable-lstm": 95.1}
@@ -70,11 +70,6 @@ def shown(value: object, digits: int = 1) -> str:
     if isinstance(value, float):
         return f"{value:,.{digits}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def ordered(done: dict[str, list[Record]], name: str) -> list[tuple[str, list[Record]]]:
@@ -179,8 +174,3 @@ def figure() -> str | None:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">'
         '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(drawn) + "\n</svg>\n"
     )
-
-
-def text(x: float, y: float, words: str, anchor: str = "start", size: int = 13, colour: str = "black") -> str:
-    at = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
-    return f"<text {at}>{escape(words)}</text>"

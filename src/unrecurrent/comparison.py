@@ -354,7 +354,7 @@ def _record(entry: Entry, task: Task, command: str) -> Record:
         peak_memory_mib=_peak(entry.results),
         receptive_field=entry.receptive_field,
         k_star=entry.memory.k(DELTA),
-        **_proved(entry.certificate),
+        **proved(entry.certificate),
         local_rate=max((layer.local_rate for layer in entry.memory.layers), default=None),
     )
 
@@ -364,7 +364,8 @@ def _peak(results: Sequence[Mapping[str, Any]]) -> float | None:
     return None if None in peaks else round(max(peaks), 1)
 
 
-def _proved(certificate: Certificate | None) -> dict[str, Any]:
+def proved(certificate: Certificate | None) -> dict[str, Any]:
+    """Return what a record says of a certificate: rate and horizon, `None` where nothing is proved."""
     if certificate is None or not certificate.stable:
         return {"certified_rate": None, "certified_horizon": None}
     return {"certified_rate": certificate.rate, "certified_horizon": certificate.horizon(HORIZON_EPS)}

@@ -850,13 +850,13 @@ def _run_packed(module: nn.Module, x: PackedSequence, h0: Any, options: _Options
     padded, lengths = pad_packed_sequence(x._replace(data=_finite(x.data)))
     begun, results = time.perf_counter(), {}
     if options.chunks == "auto" and len(padded) >= _SHORTEST:
-        alone = None if h0 is None else _packed_like(h0, tuple(part[:, :1] for part in parts_of(h0)))
+        first = _rows_of(h0, slice(1))
         together = len(padded) * sequential_step(ModuleEngine(module, padded, h0), padded)
-        one_by_one = int(lengths.sum()) * sequential_step(ModuleEngine(module, padded[:, :1], alone), padded[:, :1])
+        one_by_one = int(lengths.sum()) * sequential_step(ModuleEngine(module, padded[:, :1], first), padded[:, :1])
         options = options._replace(budget=min(1.0, together / one_by_one))
     for b in torch.argsort(lengths, descending=True).tolist():
         sequence = padded[: lengths[b], b : b + 1]
-        start = None if h0 is None else _packed_like(h0, tuple(part[:, b : b + 1] for part in parts_of(h0)))
+        start = _rows_of(h0, slice(b, b + 1))
         straight = sequence.transpose(0, 1) if getattr(module, "batch_first", False) else sequence
         call = _Call.checked(module, straight, start, options)
         try:
@@ -867,38 +867,43 @@ def _run_packed(module: nn.Module, x: PackedSequence, h0: Any, options: _Options
             if not (results and isinstance(reason, _NotWorthIt)):
                 y, state = module(x, h0)
                 return y, state, _sequential_evidence(int(lengths.sum()), options, str(reason), begun)
-            results |= _run_the_rest(module, padded, lengths, h0, [c for c in range(len(lengths)) if c not in results])
+            rest = [c for c in range(len(lengths)) if c not in results]
+            said = _sequential_evidence(int(lengths[rest].sum()), options, str(reason), begun)
+            results |= _run_the_rest(module, padded, lengths, h0, rest, said)
             break
     order = range(padded.shape[1]) if x.sorted_indices is None else x.sorted_indices.tolist()
     y = torch.nn.utils.rnn.pad_sequence([results[b].y[:, 0] for b in order])
     data = pack_padded_sequence(y, lengths[list(order)]).data
     state = tuple(torch.cat(parts, dim=1) for parts in zip(*(results[b].state for b in sorted(results)), strict=True))
     evidence = _merged([result.evidence for result in results.values() if result.evidence.mode == "parallel"])
-    rest = sum(result.evidence.mode == "sequential" for result in results.values())
-    if rest:
-        steps, note = int(lengths.sum()), f"{rest} of {len(results)} sequences, the shortest, ran step by step"
+    alone = sum(result.evidence.mode == "sequential" for result in results.values())
+    if alone:
+        steps, note = int(lengths.sum()), f"{alone} of {len(results)} sequences, the shortest, ran step by step"
         evidence = replace(evidence, steps=steps, note=note)
     packed = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
     return packed, call.plain.pack(state), evidence
 
 
-def _run_the_rest(module: nn.Module, padded: Tensor, lengths: Tensor, h0: Any, rest: list[int]) -> dict[int, _Result]:
-    """The sequences too short to gain anything, in one call of the module."""
-    start = None if h0 is None else _packed_like(h0, tuple(part[:, rest] for part in parts_of(h0)))
+def _run_the_rest(
+    module: nn.Module, padded: Tensor, lengths: Tensor, h0: Any, rest: list[int], said: Evidence
+) -> dict[int, _Result]:
+    """The sequences too short to gain anything, in one call of the module; `said` is the evidence of each."""
     packed = pack_padded_sequence(padded[: int(lengths[rest].max()), rest], lengths[rest], enforce_sorted=False)
-    y, state = module(packed, start)
+    y, state = module(packed, _rows_of(h0, rest))
     outputs, _ = pad_packed_sequence(y)
-    evidence = Evidence("sequential", steps=int(lengths[rest].sum()), tol=0.0, verify="pilot")
 
     def result(n: int, b: int) -> _Result:
         end = tuple(part[:, n : n + 1] for part in parts_of(state))
-        return _Result(outputs[: lengths[b], n : n + 1], end, evidence, None)
+        return _Result(outputs[: lengths[b], n : n + 1], end, said, None)
 
     return {b: result(n, b) for n, b in enumerate(rest)}
 
 
-def _packed_like(given: Any, state: State) -> Any:
-    return state[0] if isinstance(given, Tensor) else state
+def _rows_of(h0: Any, rows: slice | list[int]) -> Any:
+    """The start state of some sequences of a batch, in the form it was given in."""
+    if h0 is None or isinstance(h0, Tensor):
+        return None if h0 is None else h0[:, rows]
+    return tuple(part[:, rows] for part in h0)
 
 
 def _run_spans(call: _Call, options: _Options, target: Any = None) -> _Result:

@@ -15,7 +15,7 @@ SCALE_TOLERANCE = 1e-4
 # Newton rounds on one threshold; three or four are usual.
 MAX_ROUNDS = 100
 # Singular values followed from step to step: one in 32, within these.
-FEWEST_DIRECTIONS, MOST_DIRECTIONS = 8, 32
+FEWEST_DIRECTIONS, MOST_DIRECTIONS = kernels.DIRECTIONS, 32
 # Orthogonal iterations each time the largest singular values are looked for.
 POWER_STEPS = 1
 

@@ -6,9 +6,6 @@
 enum { MIXTURE, GRU, LSTM };
 #define MOST_GATES 3
 #define MOST_PIECES 64
-/* floats in a cache line, and units that rows are asked for ahead */
-#define LINE 16
-#define AHEAD 4
 #define TINY 1e-30f
 
 typedef struct {
@@ -132,6 +129,14 @@ static void hold_single(const Layer *l, float *row, float w, float limit, const 
     if (w > limit) scale(row, limit / w, l->size);
 }
 
+/* A row to the L1 ball of `limit`, columns weighted by v; returns whether it was moved. */
+static int hold_row(const Layer *l, float *row, float limit, const float *v, float all) {
+    float sum = row_sum(row, v, l->size);
+    if (!(sum > limit * (1 - l->rounding))) return 0;
+    hold_single(l, row, sum, limit * (1 - 2 * l->rounding), v, all);
+    return 1;
+}
+
 /* One unit: what bounds its gates, and its share of the norm. */
 typedef struct {
     float v_cell, ceiling, gate_scale, bound, output_limit;
@@ -139,12 +144,6 @@ typedef struct {
 
 static float *row_of(const Layer *l, float *weight, int gate, int unit) {
     return weight + ((int64_t)gate * l->size + unit) * l->size;
-}
-
-/* Ask for a row that will be read soon: the optimizer left it in another core's cache, and rows are too short for the
-   hardware to see a stream coming. */
-static void prefetch(const float *row, int size) {
-    for (int k = 0; k < size; k += LINE) __builtin_prefetch(row + k, 1);
 }
 
 /* Rows j of all gates; `all` is the sum of v^2. Returns how many of the two budgets, joint and output, were not kept. */
@@ -163,20 +162,8 @@ static int hold_unit(const Layer *l, float *weight, int j, const Unit *u, const 
                    reach);
         moved++;
     }
-    if (l->output >= 0) {
-        float *last = row_of(l, weight, l->output, j), sum = row_sum(last, v, l->size);
-        if (sum > u->output_limit * (1 - l->rounding)) {
-            hold_single(l, last, sum, u->output_limit * (1 - 2 * l->rounding), v, all);
-            moved++;
-        }
-    }
+    if (l->output >= 0) moved += hold_row(l, row_of(l, weight, l->output, j), u->output_limit, v, all);
     return moved;
-}
-
-static void prefetch_unit(const Layer *l, float *weight, int unit) {
-    if (unit >= l->size) return;
-    for (int g = 0; g < l->gates; g++) prefetch(row_of(l, weight, l->gate[g], unit), l->size);
-    if (l->output >= 0) prefetch(row_of(l, weight, l->output, unit), l->size);
 }
 
 /* weight (G size, size) in place; v (size,) weighs the columns, v_cell the units; ceiling, gate_scale, bound and
@@ -188,24 +175,8 @@ int hold_rows(const Layer *l, float *weight, const float *v, const float *v_cell
     int moved = 0;
     float all = row_sum(v, v, l->size);
     for (int j = 0; j < l->size; j++) {
-        prefetch_unit(l, weight, j + AHEAD);
         Unit unit = {v_cell[j], ceiling[j], gate_scale[j], bound[j], output_limit[j]};
         moved += hold_unit(l, weight, j, &unit, v, all, slope, reach);
-    }
-    return moved;
-}
-
-/* Rows (count, size): each to the L1 ball of one limit. */
-static int hold_l1_rows(const Layer *l, float *weight, int count, const float *v, float limit) {
-    int moved = 0;
-    float all = row_sum(v, v, l->size), most = limit * (1 - l->rounding), aim = limit * (1 - 2 * l->rounding);
-    for (int j = 0; j < count; j++) {
-        float *row = weight + (int64_t)j * l->size, sum = row_sum(row, v, l->size);
-        if (j + AHEAD < count) prefetch(row + AHEAD * l->size, l->size);
-        if (sum > most) {
-            hold_single(l, row, sum, aim, v, all);
-            moved++;
-        }
     }
     return moved;
 }
@@ -214,14 +185,7 @@ static int hold_l1_rows(const Layer *l, float *weight, int count, const float *v
 int hold_l1(const Layer *l, float *weight, int count, const float *v, const float *limit) {
     int moved = 0;
     float all = row_sum(v, v, l->size);
-    for (int j = 0; j < count; j++) {
-        float *row = weight + (int64_t)j * l->size, sum = row_sum(row, v, l->size);
-        if (j + AHEAD < count) prefetch(row + AHEAD * l->size, l->size);
-        if (sum > limit[j] * (1 - l->rounding)) {
-            hold_single(l, row, sum, limit[j] * (1 - 2 * l->rounding), v, all);
-            moved++;
-        }
-    }
+    for (int j = 0; j < count; j++) moved += hold_row(l, weight + (int64_t)j * l->size, limit[j], v, all);
     return moved;
 }
 
@@ -230,18 +194,20 @@ static void limit_bias(float *first, float *second, float limit) {
     *first -= 0.5f * excess, *second -= 0.5f * excess;
 }
 
-/* `_MillerHardtLSTM._keep` in stability.py: rows of `gates` blocks (size, size) to the L1 balls of `limit` (gates,),
-   the input rows (size, inputs) of block `forget` to that of `drive`, and its biases to sums within `bias`. */
+/* `_MillerHardtLSTM._keep_reference` in stability.py: rows of `gates` blocks (size, size) to the L1 balls of `limit`
+   (gates,), the input rows (size, inputs) of block `forget` to that of `drive`, and its biases to sums within `bias`.
+   Returns the number of rows that were moved. */
 int hold_paper(const Layer *l, float *weight_hh, const float *ones, const float *limit, float *weight_ih, int inputs,
                float drive, float *bias_ih, float *bias_hh, int forget, float bias) {
-    int moved = 0;
-    Layer rows = *l;
+    int moved = 0, size = l->size;
+    Layer wide = *l;
+    wide.size = inputs;
     for (int g = 0; g < l->gates; g++)
-        moved += hold_l1_rows(l, weight_hh + (int64_t)g * l->size * l->size, l->size, ones, limit[g]);
-    rows.size = inputs;
-    moved += hold_l1_rows(&rows, weight_ih + (int64_t)forget * l->size * inputs, l->size, ones, drive);
-    if (bias_ih)
-        for (int j = forget * l->size; j < (forget + 1) * l->size; j++) limit_bias(bias_ih + j, bias_hh + j, bias);
+        for (int j = 0; j < size; j++) moved += hold_row(l, row_of(l, weight_hh, g, j), limit[g], ones, size);
+    for (int j = forget * size; j < (forget + 1) * size; j++) {
+        moved += hold_row(&wide, weight_ih + (int64_t)j * inputs, drive, ones, inputs);
+        if (bias_ih) limit_bias(bias_ih + j, bias_hh + j, bias);
+    }
     return moved;
 }
 
@@ -311,14 +277,12 @@ static void negate(float *restrict to, const float *restrict from, int count) {
     for (int k = 0; k < count; k++) to[k] = -from[k];
 }
 
-/* `_Rows._keep` in stability.py, unit by unit. Returns whether anything but the tied copies was moved. */
+/* `_Rows._keep_reference` in stability.py, unit by unit. Returns whether anything but the tied copies was moved. */
 int hold_layer(const Layer *l, const Drive *d, const Tensors *t) {
     int size = l->size, moved = 0;
     float all = row_sum(t->v, t->v, size);
     for (int j = 0; j < size; j++) {
         int keep = d->keeping * size + j, other = d->tied * size + j;
-        prefetch_unit(l, t->weight_hh, j + AHEAD);
-        if (j + AHEAD < size) prefetch(t->weight_ih + (int64_t)(keep + AHEAD) * d->inputs, d->inputs);
         float *row = row_of(l, t->weight_hh, d->keeping, j), *drive_row = t->weight_ih + (int64_t)keep * d->inputs;
         float *first = t->bias_ih + keep, *second = t->bias_hh + keep;
         if (d->tied >= 0) {

@@ -56,9 +56,9 @@ DRIVE_ROUNDS = 8
 # What the rows of the gate that keeps the state are taken to sum up to where they have to be cut down anyway, and the
 # rounding of its arguments.
 LIKELY_ROWS = 1.0
+DRIVE_TOLERANCE = 1e-5
 # A unit keeps its budget if it exceeds it by no more than this share: what was just projected is not moved again.
 KEEPS_TOLERANCE = 0.01
-DRIVE_TOLERANCE = 1e-5
 # A drive is a difference of what may be large numbers in float32: it counts as higher by this share of them.
 DRIVE_MARGIN = 3e-7
 LOWEST_ARGUMENT = -20.0
@@ -238,7 +238,6 @@ class _MillerHardtLSTM(_Policy):
 
     def __init__(self, layer: _Layer, input_bound: Callable[[], float]) -> None:
         self.layer, self.input_bound, self.bound = layer, input_bound, input_bound()
-        self.limits = torch.tensor(list(PAPER_ROWS.values())).repeat_interleave(layer.weight_hh.shape[1])
 
     def hold(self) -> None:
         self._keep()
@@ -259,9 +258,10 @@ class _MillerHardtLSTM(_Policy):
         return PAPER_FORGET_DRIVE / max(self.bound, 1e-6)
 
     def _keep_reference(self) -> None:
-        layer = self.layer
-        self.limits = self.limits.to(layer.weight_hh)
-        project_rows_(layer.weight_hh, self.limits)
+        """`_keep` in PyTorch: for other devices and types, and where there is no compiler."""
+        layer, size = self.layer, self.layer.weight_hh.shape[1]
+        rows = layer.weight_hh.new_tensor(list(PAPER_ROWS.values())).repeat_interleave(size)
+        project_rows_(layer.weight_hh, rows)
         drive = torch.full_like(layer.weight_hh[0], self._drive_limit)
         project_rows_(layer.gate(layer.weight_ih, 1), drive)
         if layer.biases is not None:
@@ -356,14 +356,19 @@ class _Rows(_Policy):
         """`_keep_reference` for all units in one call."""
         if self._held is None:
             budget = self._budget_at(self.norm[0])
-            drive = {"keeping": self.KEEPING_GATE, "tied": self.TIED_GATE, "cap": self.cap, "shut": SHUT}
-            drive |= {"hidden_bound": self.hidden_bound, "likely_rows": LIKELY_ROWS, "lowest": LOWEST_ARGUMENT}
-            drive |= {
+            drive = {
+                "inputs": inputs,
+                "keeping": self.KEEPING_GATE,
+                "tied": self.TIED_GATE,
+                "drive_rounds": DRIVE_ROUNDS,
+                "cap": self.cap,
+                "hidden_bound": self.hidden_bound,
+                "likely_rows": LIKELY_ROWS,
                 "keeps_tolerance": KEEPS_TOLERANCE,
+                "lowest": LOWEST_ARGUMENT,
+                "shut": SHUT,
                 "tolerance": DRIVE_TOLERANCE,
                 "margin": DRIVE_MARGIN,
-                "drive_rounds": DRIVE_ROUNDS,
-                "inputs": inputs,
             }
             self._held = kernels.HeldLayer(budget, ROUNDING, SCALE_TOLERANCE, drive)
         return self._held

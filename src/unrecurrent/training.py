@@ -214,7 +214,7 @@ class TrainingRun:
         self.device = find_device(device)
         self.checkpoint_steps = checkpoint_steps
         self.progress = Progress()
-        self.digest = task.digest()
+        self.digest, self.scales = task.digest(), task.scales
         self.cache: tuple[Tensor, ...] | None = None
 
     @property
@@ -227,7 +227,7 @@ class TrainingRun:
             "interface": task_interface(self.task)._asdict(),
             "settings": self.settings,
             "training": asdict(self.config),
-            **({} if self.task.scales is None else {"scales": self.task.scales}),
+            **({} if self.scales is None else {"scales": self.scales}),
         }
 
     def run(self, report: Report | None = None) -> SequenceModel:

@@ -5,8 +5,10 @@ import difflib
 import gzip
 import io
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,8 @@ from unrecurrent.errors import InputError
 SEPARATORS = ",;\t"
 #: what people write where a number is missing
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
-#: how dates are written that are not in ISO form; a time of day may follow
-FORMS = ("%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
+#: how dates are written: in ISO form (empty), or so, where a time of day may follow
+FORMS = ("", "%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
 #: columns of numbers that are taken for the time by their name
 TIME_NAMES = frozenset({"time", "timestamp", "date", "datetime", "epoch", "unix"})
 #: columns without a name are left out: they come from a separator at the end of each line
@@ -56,13 +58,12 @@ class CsvTable:
 
     def is_numeric(self, name: str) -> bool:
         """Say whether the first value that is not missing is a number."""
-        first = next((text for text in self.column(name) if text.lower() not in MISSING), "")
-        return bool(np.isfinite(_number(first)))
+        return bool(np.isfinite(_number(self._first(name))))
 
     def is_time(self, name: str) -> bool:
         """Say whether the first value that is not missing is a date, or a number under a name that says time."""
-        first = next((text for text in self.column(name) if text.lower() not in MISSING), "")
-        return _form_of(first) is not None or (name.casefold() in TIME_NAMES and self.is_numeric(name))
+        first = self._first(name)
+        return any(_date(first, form) for form in FORMS) or (name.casefold() in TIME_NAMES and self.is_numeric(name))
 
     def times(self, name: str) -> list[list[float]]:
         """Return what a column of dates can mean in seconds: one list, or two where day and month may be either.
@@ -70,25 +71,21 @@ class CsvTable:
         A column of numbers is taken as it is. Anything else is an `InputError` with its line.
         """
         column = self.column(name)
-        if self.is_numeric(name) and _form_of(column[0]) is None:
+        if self.is_numeric(name):
             return [self.numbers(name).tolist()]
-        readings, fault = [], 0
-        for form in ("", *FORMS):
-            dates = []
-            for text in column:
-                date = _date(text, form)
-                if date is None:
-                    break
-                dates.append((date - datetime(1970, 1, 1)).total_seconds())
-            fault = max(fault, len(dates))
-            if len(dates) == len(column):
-                readings.append(dates)
+        begun = [_seconds_while_dates(column, form) for form in FORMS]
+        readings = [seconds for seconds in begun if len(seconds) == len(column)]
         if not readings:
+            fault = max(map(len, begun))
             raise InputError(
                 f"{column[fault]!r} in line {self.lines[fault]} of {self.path} is no date: write the column {name!r} in"
                 " ISO form, as in 2026-01-31 or 2026-01-31 12:00:00"
             )
         return readings
+
+    def _first(self, name: str) -> str:
+        """Return the first value that is not missing, an empty text where all are."""
+        return next((text for text in self.column(name) if text.lower() not in MISSING), "")
 
     def _not_a_number(self, name: str, row: int) -> InputError:
         text, where = self.columns[name][row], f"line {self.lines[row]} of {self.path}"
@@ -116,9 +113,10 @@ def _date(text: str, form: str) -> datetime | None:
         return None
 
 
-def _form_of(text: str) -> str | None:
-    """Return how a date is written, `None` if the text is none."""
-    return next((form for form in ("", *FORMS) if _date(text, form) is not None), None)
+def _seconds_while_dates(column: Sequence[str], form: str) -> list[float]:
+    """Return the seconds since 1970 of a column, up to the first text that is no date of that form."""
+    dates = takewhile(lambda date: date is not None, (_date(text, form) for text in column))
+    return [(date - datetime(1970, 1, 1)).total_seconds() for date in dates if date is not None]
 
 
 def iso_date(text: str) -> datetime | None:

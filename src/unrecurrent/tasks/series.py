@@ -38,10 +38,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Series:
-    """One series: its name (empty where there is only one) and its rows, split by time."""
+    """One series: its name (empty where there is only one), its rows, split by time, and what scaled its inputs."""
 
     name: str
     parts: Mapping[Split, Part]
+    scale: "Scale | None" = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class SeriesTask(Task):
     @property
     def scales(self) -> dict[str, list[float]] | None:
         """What the inputs are standardised by; of several series, each by its own, the first one's."""
-        scale = Scale.of(self.read()[0].parts["train"].inputs)
+        scale = self.series[0].scale
+        assert scale is not None
         return {"mean": scale.mean.tolist(), "std": scale.std.tolist()}
 
     def load(self, split: Split) -> Sequence[Example]:
@@ -165,7 +167,7 @@ def _duration(seconds: float) -> str:
 def _standardised(series: Series) -> Series:
     train = series.parts["train"]
     inputs, targets = Scale.of(train.inputs), Scale.of(train.targets)
-    return Series(series.name, {s: Part(inputs(p.inputs), targets(p.targets)) for s, p in series.parts.items()})
+    return Series(series.name, {s: Part(inputs(p.inputs), targets(p.targets)) for s, p in series.parts.items()}, inputs)
 
 
 def _overlapping(example: Example, length: int) -> Iterator[Example]:
@@ -216,8 +218,7 @@ class SeriesFile(SeriesTask):
     covariates; `covariates=all` takes every other column of numbers. Several series in one file are told apart by
     the id column. A column of dates (the one named, else the first that holds dates, or numbers under a name such as
     `timestamp`) must increase within a series; where dates are evenly spaced, spans are stated in hours as well. The
-    first 70 % of each series' rows are
-    for training, the next 15 % for validation, the rest for testing.
+    first 70 % of each series' rows are for training, the next 15 % for validation, the rest for testing.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "tide.csv"
