@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from unrecurrent import onednn
+from unrecurrent import kernels, onednn
 from unrecurrent.certificate import certify
 from unrecurrent.errors import InputError
 from unrecurrent.stable_lstm import StableLSTM, _Recurrence, reference
@@ -39,6 +39,40 @@ def test_fast_path_agrees_with_reference(dims, dtype, tolerance):
     given = arguments(*dims, dtype)
     for fast, plain in zip(results(_Recurrence.apply, given), results(reference, given), strict=True):
         torch.testing.assert_close(fast, plain, atol=tolerance * dims[0], rtol=tolerance)
+
+
+@pytest.mark.skipif(kernels.library(kernels.GATES) is None, reason="needs a C compiler")
+@pytest.mark.parametrize("dims", [(63, 3, 7, 5), (4, 2, 9, 33)])
+def test_compiled_gates_agree_with_plain_ones(monkeypatch, dims):
+    given = arguments(*dims)
+    compiled = results(_Recurrence.apply, given)
+    monkeypatch.setattr(kernels, "library", lambda *name: None)
+    for fast, plain in zip(compiled, results(_Recurrence.apply, given), strict=True):
+        torch.testing.assert_close(fast, plain, atol=3e-5 * dims[0], rtol=3e-5)
+        assert not torch.equal(fast, plain) or fast.numel() < 40  # both were run, and round differently
+
+
+@pytest.mark.skipif(kernels.library(kernels.GATES) is None, reason="needs a C compiler")
+def test_compiled_gates_are_right_to_the_last_digits_at_any_size():
+    x = torch.cat([sign * torch.logspace(-38, 3, 997) for sign in (1, -1)] + [torch.tensor([0.0, -0.0])])
+    raw, ceiling = x.repeat(3)[None], torch.full_like(x, 0.97)
+    gates, (squashed, output, cell) = torch.empty_like(raw), torch.empty(3, 1, len(x))
+    compiled = kernels.gates(cell)
+    kernels.call_gated(compiled.gates, cell, raw, ceiling, torch.zeros_like(cell), gates, squashed, output, cell)
+    f, z, o = gates[0].double().chunk(3)
+    exact = x.double()
+    torch.testing.assert_close(f, ceiling.double() * torch.sigmoid(exact), rtol=3e-7, atol=1e-37)
+    torch.testing.assert_close(z, torch.tanh(exact), rtol=3e-7, atol=0)
+    torch.testing.assert_close(o, torch.sigmoid(exact), rtol=3e-7, atol=1e-37)
+
+
+def test_missing_numbers_stay_missing():
+    layer = StableLSTM(2, 9)
+    x = torch.randn(4, 1, 2)
+    x[2] = torch.nan
+    y, _ = layer(x)
+    assert torch.isfinite(y[:2]).all()
+    assert y[2:].isnan().all()
 
 
 def test_fast_path_without_onednn_and_without_bias(monkeypatch):

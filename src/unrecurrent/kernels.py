@@ -1,7 +1,8 @@
-"""Compile and load the C loop of `row_budgets.c`; where there is no compiler, the PyTorch code beside it does the work.
+"""Compile and load the C loops of this folder; where there is no compiler, the PyTorch code beside them does the work.
 
-The first projection of a float32 matrix on the CPU compiles the file (a quarter of a second) into the user's cache
-folder; set `UNRECURRENT_COMPILE=0` to do without.
+`row_budgets.c` holds what projections do row by row, `scaled_gate.c` what a step of `StableLSTM` does number by number.
+The first use of either on a float32 tensor on the CPU compiles it (a quarter of a second) into the user's cache folder;
+set `UNRECURRENT_COMPILE=0` to do without.
 """
 
 import ctypes
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("row_budgets.c")
-# Sums may be reordered so that they vectorize; unlike -ffast-math this does not change how the process rounds.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+ROWS, GATES = "row_budgets", "scaled_gate"
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+# Sums over a row may be reordered so that they vectorize; unlike -ffast-math this does not change how the process
+# rounds.
+FLAGS = {ROWS: (*_FLAGS, "-fno-signed-zeros", "-fassociative-math"), GATES: _FLAGS}
 MOST_GATES = 3
 KINDS = {"mixture": 0, "gru": 1, "lstm": 2}
 ROUNDS = 100
@@ -66,35 +69,39 @@ def _cache_folder() -> Path:
     return Path(base) / "unrecurrent"
 
 
-def _fingerprint(compiler: str) -> str:
+def _source(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.c")
+
+
+def _fingerprint(compiler: str, name: str) -> str:
     """What the compiled file depends on; a home folder may be shared by machines with different processors."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    text = "\n".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), flags))
+    text = "\n".join((_source(name).read_text(), compiler, *FLAGS[name], platform.machine(), flags))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None where they cannot be had."""
+def library(name: str = ROWS) -> ctypes.CDLL | None:
+    """The compiled functions of a file, or None where they cannot be had."""
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if os.environ.get("UNRECURRENT_COMPILE") == "0" or compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return ctypes.CDLL(str(_compiled(compiler, name)))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home folder
         return None
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: str, name: str) -> Path:
     """The path of the shared library; written under another name and renamed, so that nobody loads half of it."""
-    target = _cache_folder() / f"row_budgets-{_fingerprint(compiler)}.so"
+    target = _cache_folder() / f"{name}-{_fingerprint(compiler, name)}.so"
     if not target.exists():
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS[name], "-shared", "-fPIC", str(_source(name)), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             made.replace(target)
     return target
@@ -105,6 +112,21 @@ def takes(*weights: Tensor) -> bool:
     if torch.compiler.is_compiling() or library() is None:
         return False
     return all(w.dtype is torch.float32 and w.is_cpu and w.is_contiguous() for w in weights)
+
+
+#: numbers a step may have for one thread to be as fast as torch's threads together
+MOST_GATED = 1 << 16
+
+
+def gates(like: Tensor) -> ctypes.CDLL | None:
+    """Return the functions of `scaled_gate.c` if they take steps whose cells are like this tensor `(B, H)`."""
+    taken = like.dtype is torch.float32 and like.is_cpu and like.numel() <= MOST_GATED
+    return library(GATES) if taken else None
+
+
+def call_gated(function: Any, like: Tensor, *tensors: Tensor) -> None:
+    """Call a function of `scaled_gate.c` for cells like `(B, H)` on contiguous tensors, in the order it names them."""
+    function(*like.shape, *map(_pointer, tensors))
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

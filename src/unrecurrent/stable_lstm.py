@@ -4,14 +4,15 @@ Beside the fast path (`_Recurrence`: all inputs in one product, one product a st
 stands its plain reference (`reference`), which is also what `torch.compile`, `torch.export` and ONNX export see.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from unrecurrent import onednn
+from unrecurrent import kernels, onednn
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import ScaledGate, fit_norm_, hold_rows_
 from unrecurrent.self_keeping import SelfKeeping, check_rate, target
@@ -66,7 +67,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Recurrence(torch.autograd.Function):
-    """`reference`, fast: forward and backward do one matrix product and a few in-place operations a step."""
+    """`reference`, fast: forward and backward do one matrix product and one pass over the gates a step."""
 
     @staticmethod
     def forward(
@@ -88,15 +89,12 @@ class _Recurrence(torch.autograd.Function):
         gates, squashed = torch.empty_like(drives), drive.new_empty(steps, batch, size)
         outputs, cells = torch.empty_like(squashed), drive.new_empty(steps + 1, batch, size)
         cells[0] = c0
-        recurrent, h, c = _Product(weight_hh, batch), h0.contiguous(), cells[0]
+        recurrent, h, c, ceiling = _Product(weight_hh, batch), h0.contiguous(), cells[0], ceiling.contiguous()
+        pass_gates = _gates_of(c)
         for drive_t, gates_t, squashed_t, output, cell in zip(
             drives.unbind(0), gates.unbind(0), squashed.unbind(0), outputs.unbind(0), cells[1:].unbind(0), strict=True
         ):
-            raw_f, raw_z, raw_o = recurrent.plus(h, drive_t).split(size, -1)
-            f, z, o = gates_t.split(size, -1)
-            torch.mul(torch.sigmoid(raw_f, out=f), ceiling, out=f)
-            torch.lerp(torch.tanh(raw_z, out=z), c, f, out=cell)
-            torch.mul(torch.sigmoid(raw_o, out=o), torch.tanh(cell, out=squashed_t), out=output)
+            pass_gates(recurrent.plus(h, drive_t), ceiling, c, gates_t, squashed_t, output, cell)
             h, c = output, cell
         ctx.save_for_backward(x, weight_ih, weight_hh, bias, ceiling, h0, c0, gates, squashed, outputs, cells)
         return outputs, cells[-1].clone()
@@ -107,8 +105,7 @@ class _Recurrence(torch.autograd.Function):
             return _reference_gradients(ctx.saved_tensors[:7], ctx.needs_input_grad, d_results)
         d_outputs, d_last = d_results
         x, weight_ih, weight_hh, bias, ceiling, h0, _, gates, squashed, outputs, cells = ctx.saved_tensors
-        factors = _step_factors(gates, ceiling, squashed, cells)
-        d_gates, d_h0, d_c0 = _backward_through_time(d_outputs, d_last, weight_hh, gates, factors)
+        d_gates, d_h0, d_c0 = _backward_through_time(d_outputs, d_last, weight_hh, gates, squashed, cells, ceiling)
         flat, needs = d_gates.flatten(0, 1), ctx.needs_input_grad
         across = flat.t().contiguous()
         before = torch.cat((h0.unsqueeze(0), outputs[:-1])).flatten(0, 1)
@@ -118,32 +115,57 @@ class _Recurrence(torch.autograd.Function):
         return d_x, d_ih, d_hh, flat.sum(0) if bias is not None else None, None, d_h0, d_c0
 
 
-def _step_factors(gates: Tensor, ceiling: Tensor, squashed: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What turns dh into dc and d(a_o), and dc into d(a_f, a_z), for all steps at once."""
-    f, z, o = gates.chunk(3, -1)
-    to_cell = o * (1 - squashed * squashed)
-    to_output = squashed * o * (1 - o)
-    to_gates = torch.empty(*o.shape[:2], 2, o.shape[2], dtype=o.dtype, device=o.device)
-    torch.mul((cells[:-1] - z) * f, 1 - f / ceiling, out=to_gates[:, :, 0])
-    torch.mul(1 - f, 1 - z * z, out=to_gates[:, :, 1])
-    return to_cell, to_output, to_gates
+def _gates_of(like: Tensor) -> Callable[..., None]:
+    """`_gates_reference`, or the same compiled where it takes cells like this one."""
+    compiled = kernels.gates(like)
+    return _gates_reference if compiled is None else partial(kernels.call_gated, compiled.gates, like)
+
+
+def _gates_reference(
+    raw: Tensor, ceiling: Tensor, before: Tensor, gates: Tensor, squashed: Tensor, output: Tensor, cell: Tensor
+) -> None:
+    """From the pre-activations of a step `(B, 3 H)` and the cell before it: gates, cell, its tanh, and output."""
+    (raw_f, raw_z, raw_o), (f, z, o) = raw.chunk(3, -1), gates.chunk(3, -1)
+    torch.mul(torch.sigmoid(raw_f, out=f), ceiling, out=f)
+    torch.lerp(torch.tanh(raw_z, out=z), before, f, out=cell)
+    torch.mul(torch.sigmoid(raw_o, out=o), torch.tanh(cell, out=squashed), out=output)
+
+
+def _slopes_of(like: Tensor) -> Callable[..., None]:
+    """`_slopes_reference`, or the same compiled where it takes cells like this one."""
+    compiled = kernels.gates(like)
+    return _slopes_reference if compiled is None else partial(kernels.call_gated, compiled.slopes, like)
+
+
+def _slopes_reference(
+    d_output: Tensor, gates: Tensor, squashed: Tensor, before: Tensor, ceiling: Tensor, d_cell: Tensor, d_raw: Tensor
+) -> None:
+    """From the slope in the output of a step: that in its pre-activations; `d_cell` becomes that in the cell before."""
+    (f, z, o), (d_f, d_z, d_o) = gates.chunk(3, -1), d_raw.chunk(3, -1)
+    d_cell.addcmul_(d_output, o * (1 - squashed * squashed))
+    torch.mul(d_cell * (before - z), f * (1 - f / ceiling), out=d_f)
+    torch.mul(d_cell * (1 - f), 1 - z * z, out=d_z)
+    torch.mul(d_output * squashed, o * (1 - o), out=d_o)
+    d_cell.mul_(f)
 
 
 def _backward_through_time(
-    d_outputs: Tensor, d_last: Tensor, weight_hh: Tensor, gates: Tensor, factors: tuple[Tensor, Tensor, Tensor]
+    d_outputs: Tensor,
+    d_last: Tensor,
+    weight_hh: Tensor,
+    gates: Tensor,
+    squashed: Tensor,
+    cells: Tensor,
+    ceiling: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of all pre-activations `(T, B, 3 H)`, of h0 and of c0."""
-    steps, batch, size = d_outputs.shape
-    to_cell, to_output, to_gates = (factor.unbind(0) for factor in factors)
-    keep, d_gates, d_c = gates[..., :size].unbind(0), torch.empty_like(gates), d_last.clone()
+    batch = d_outputs.shape[1]
+    d_gates, d_c = torch.empty_like(gates), d_last.clone(memory_format=torch.contiguous_format)
     back, d_outputs_ = _Product(weight_hh.t().contiguous(), batch), d_outputs.contiguous().unbind(0)
-    d_h = d_outputs_[-1]
-    for t in range(steps - 1, -1, -1):
-        d_step = d_gates[t]
-        d_c.addcmul_(d_h, to_cell[t])
-        torch.mul(d_c.unsqueeze(1), to_gates[t], out=d_step.view(batch, 3, size)[:, :2])
-        torch.mul(d_h, to_output[t], out=d_step[:, 2 * size :])
-        d_c.mul_(keep[t])
+    pass_slopes, d_h = _slopes_of(d_c), d_outputs_[-1]
+    steps = zip(gates.unbind(0), squashed.unbind(0), cells[:-1].unbind(0), d_gates.unbind(0), strict=True)
+    for t, (gates_t, squashed_t, before, d_step) in reversed(list(enumerate(steps))):
+        pass_slopes(d_h, gates_t, squashed_t, before, ceiling, d_c, d_step)
         d_h = back.plus(d_step, d_outputs_[t - 1]) if t else back(d_step)
     return d_gates, d_h, d_c
 
