@@ -29,9 +29,10 @@ COLOURS = {"certified-lstm": "#0072B2", "certified-gru": "#D55E00"}
 INTRO = """# WikiText-2
 
 Next-word perplexity on the standard files (2,088,628 / 217,646 / 245,569 words, `<eos>` counted; 33,278 words, tied
-tables), normalised over the whole vocabulary in float32. Training normalises over 4,096 sampled words and multiplies in
-bfloat16. Every figure is made by the command of its row, `python benchmarks/wikitext2.py train ROW`, on the machine its
-record names; this page by `make results`.
+tables), normalised over the whole vocabulary in float32. Training normalises over a sample of the words
+(`sampled_words` in the settings below). Every figure is made by the command of its row, `python benchmarks/wikitext2.py
+train ROW`, on the machine its record names; this page by `make results`. Minutes are those of one training, two of
+which run side by side with one thread each.
 
 *Proved* holds for every text: for the models that read embeddings directly over the rows of their table, for
 `certified-lstm` over any input. *k\\** (1 % of the perplexity), the local rate and the truncated columns are estimates
