@@ -135,3 +135,12 @@ def test_bad_input_gets_one_sentence():
         truncate(nn.GRU(3, 5), 3)(torch.randn(0, 1, 3))
     with pytest.raises(InputError, match="give"):
         truncate(nn.GRU(3, 5), 3)(torch.randn(5, 1, 4))
+
+
+def test_a_layer_with_hooks_or_a_forward_of_its_own_is_refused():
+    hooked = nn.GRU(3, 5)
+    hooked.register_forward_hook(lambda module, given, answer: answer)
+    own = type("Own", (nn.GRU,), {"forward": lambda self, x, hx=None: nn.GRU.forward(self, x, hx)})(3, 5)
+    for module in (hooked, own):
+        with pytest.raises(InputError, match="of its own"):
+            truncate(module, 4)

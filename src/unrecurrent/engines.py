@@ -51,18 +51,23 @@ class ModuleEngine:
         first = x.transpose(0, 1) if self.batch_first else x
         with torch.no_grad():
             answer = self.module(first, h0)
-        if not (isinstance(answer, tuple) and len(answer) == 2):
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Tensor)):
             raise InputError("the module must return (y, state), as nn.LSTM does: wrap it so that it does")
         y, state = answer
         self.joined = isinstance(state, Tensor)
         template = parts_of(state)
+        if not template or any(not part.is_floating_point() for part in template):
+            raise InputError("the module's state must be a tensor, or a tuple of tensors, of numbers: wrap it")
         if any(part.dim() < 2 or part.shape[1] != x.shape[1] for part in template):
             raise InputError("the module's state must have shape (layers, batch, ...): wrap it so that it has")
         if h0 is None:
             with torch.no_grad():
                 again, _ = self.module(first, self.pack(tuple(torch.zeros_like(part) for part in template)))
             if not torch.equal(again, y):
-                raise InputError("the module does not start from zeros by itself: pass its start state as h0")
+                raise InputError(
+                    "the module gives other outputs from zeros than without a state: pass its start state as h0, and"
+                    " call module.eval() if two runs of it differ"
+                )
         return template
 
     def pack(self, state: State) -> Any:
@@ -180,10 +185,18 @@ def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engin
     module = plain.module
     if differentiable or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return plain
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    if type(module) in (nn.RNN, nn.GRU) and not module.bidirectional and not hooked:
+    if type(module) in (nn.RNN, nn.GRU) and not module.bidirectional and is_stock(module):
         return LoopEngine(module)  # type: ignore[arg-type]
     return plain
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a recurrent layer does what its weights say: the forward of its kind, and no hooks around it."""
+    if not isinstance(module, nn.RNNBase) and not hasattr(module, "cell_kind"):
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    home = type(module).forward.__module__
+    return not hooked and (home == nn.RNNBase.__module__ or home.startswith(f"{__package__}."))
 
 
 def refuse_dropout(module: nn.Module) -> None:
@@ -195,7 +208,11 @@ def refuse_dropout(module: nn.Module) -> None:
 
 def parts_of(state: Any) -> State:
     """The state as a tuple of its parts: (h,) for an RNN or GRU, (h, c) for an LSTM."""
-    return (state,) if isinstance(state, Tensor) else tuple(state)
+    if isinstance(state, Tensor):
+        return (state,)
+    if isinstance(state, tuple | list) and all(isinstance(part, Tensor) for part in state):
+        return tuple(state)
+    raise InputError(f"a state must be a tensor or a tuple of tensors, not {type(state).__name__}")
 
 
 def _layer_states(module: nn.RNNBase) -> State:

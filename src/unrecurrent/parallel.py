@@ -8,6 +8,7 @@ plain reference is `chunked_reference`; how it all works is told in docs/paralle
 """
 
 import math
+import numbers
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from unrecurrent.engines import (
     State,
     StepCost,
     choose_engine,
+    is_stock,
     parts_of,
     refuse_dropout,
     sequential_step,
@@ -39,11 +41,10 @@ _BLOCK = 16  # steps between two looks at the states; bounds the working memory
 _PILOT_BLOCK = 16
 _PILOT_ROWS = 16
 _GAIN_CHUNKS = 8
-_CARRY_STEPS = 32  # on which a user's module is tried
+_CARRY_STEPS = 16  # on which a user's module is tried
 _NUMPY_TYPES = (np.float16, np.float32, np.float64)  # what outputs can be written as, in the machine's byte order
 _SHORTEST = 1024  # below this many steps a pilot costs more than the chunks can save
-_ATTEMPT_SHARE = 0.48  # of the sequential run: what may be spent before all boundaries agree
-_CHECKED_SHARE = 0.8  # what may be spent in all, once they do
+_ATTEMPT_SHARE = 0.48  # of the sequential run: what may be spent before the parallel run is given up
 _PILOT_SHARE = 0.1
 _MOST_ROWS = 4096
 _SPAN_BYTES = 1 << 27
@@ -61,10 +62,10 @@ class Evidence:
     `max_mismatch`: largest distance, over the boundaries, between a chunk's start state and the end state of the chunk
     before it (max norm over all parts of the state). `gain`: largest change of a kept output or end state per change of
     the start state, over the chunks run a second time from perturbed states; `left`: of their end states alone.
-    `error_estimate`: largest gain × error of
-    a start state (its mismatch, and what is left of the error before). `bound`: proved bound on the change of every
-    output (real arithmetic), when a certificate held. `sequential_depth`: steps that had to wait for one another, pilot
-    and checks included. `fallback`: why the module ran step by step.
+    `error_estimate`: largest gain × error of a start state (its mismatch, and what is left of the error before), and
+    what rounding may add up to. `bound`: proved bound on the change of every output (real arithmetic), when a
+    certificate held. `sequential_depth`: steps that had to wait for one another, pilot and checks included. `fallback`:
+    why the module ran step by step.
     """
 
     mode: Literal["parallel", "sequential"]
@@ -173,8 +174,9 @@ class _Plan:
 class _Attempt:
     """One parallel run of one layer stack over one span; x is (T, B, ...), states are tuples of (layers, B, ...)."""
 
-    def __init__(self, engine: Engine, x: Tensor, h0: State, plan: _Plan, ledger: _Ledger) -> None:
+    def __init__(self, module: nn.Module, engine: Engine, x: Tensor, h0: State, plan: _Plan, ledger: _Ledger) -> None:
         self.engine, self.x, self.h0, self.plan, self.ledger = engine, x, h0, plan, ledger
+        self.module = module
         self.batch = x.shape[1]
         self.block = plan.warmup + plan.length if torch.is_grad_enabled() else _BLOCK
         self.y: Tensor | None = None
@@ -263,8 +265,9 @@ class _Attempt:
         other = _perturbed(base, tol)
         state: State = tuple(torch.cat([a, b], dim=1).flatten(1, 2) for a, b in zip(base, other, strict=True))
         size = apart = _far(base, other)
-        worst = torch.zeros_like(size)
+        worst, steps = torch.zeros_like(size), 0
         for begin, end in self._kept_blocks():
+            steps += end - begin
             inputs = self._inputs(1, begin, end)[chunks - 1]
             y, state = self._advance(torch.cat([inputs, inputs]), state)
             worst = torch.maximum(worst, _change(y[: len(chunks)], y[len(chunks) :]))
@@ -272,7 +275,7 @@ class _Attempt:
             apart = _far(a, b)
             if not (apart > _rounding(state)).any():
                 break
-        return _Gain(torch.maximum(worst, apart) / size, apart / size)
+        return _Gain(torch.maximum(worst, apart) / size, apart / size, steps)
 
     def gain_of_all(self, tol: float) -> "_Gain":
         """The same for chunks 1, 2, … in one batch, each against the outputs it has already given, to its very end.
@@ -298,7 +301,7 @@ class _Attempt:
         rounding = regrown.max().item() * ROUNDING_A_STEP / KICK
         if not rounding <= tol:
             raise _GiveUp(f"rounding may grow to {rounding:.1e} inside a chunk")
-        return _Gain(torch.maximum(worst, apart) / size, apart / size)
+        return _Gain(torch.maximum(worst, apart) / size, apart / size, self.plan.length)
 
     def _kept_blocks(self) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length
@@ -311,6 +314,18 @@ class _Gain(NamedTuple):
 
     largest: Tensor  # of a kept output or the end state
     left: Tensor  # of the end state
+    steps: int  # after which it was left
+
+    def rounding(self, a_step: float, plan: _Plan) -> float:
+        """What errors of `a_step`, made in every step, add up to: within a chunk, and from chunk to chunk."""
+        left = self.left.max().item()
+        remembered = float(plan.length)
+        if left < 1:
+            remembered = min(remembered, 1 / -math.expm1(math.log(max(left, 1e-30)) / self.steps))
+        inside, total = a_step * max(1.0, self.largest.max().item()) * remembered, 0.0
+        for _ in range(plan.chunks):
+            total = left * total + inside
+        return total
 
 
 def _far(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -359,12 +374,16 @@ class _Options(NamedTuple):
     budget: float = 1.0  # share of a sequential run of its own that one sequence of a batch may cost
 
     @classmethod
-    def checked(cls, tol: float, chunks: Any, warmup: Any, verify: Any, certificate: Any) -> "_Options":
+    def checked(cls, tol: Any, chunks: Any, warmup: Any, verify: Any, certificate: Any) -> "_Options":
         for name, value, least in (("chunks", chunks, 1), ("warmup", warmup, 0)):
             if value != "auto" and not (is_whole(value) and value >= least):
                 raise InputError(f'{name} is {value!r}: give a whole number from {least} on, or "auto"')
         if verify not in ("pilot", "outputs"):
             raise InputError(f'verify is {verify!r}: choose "pilot" or "outputs"')
+        if isinstance(tol, bool) or not isinstance(tol, numbers.Real):
+            raise InputError(f"tol is {tol!r}: give a number, such as 1e-4")
+        if certificate is not None and not isinstance(certificate, Certificate):
+            raise InputError(f"certificate must be what ur.certify returns, not {type(certificate).__name__}")
         return cls(float(tol), chunks, warmup, verify, certificate)
 
 
@@ -381,7 +400,7 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry
     engine = choose_engine(plain, x, _needs_gradient(plain.module, x, h0))
     with torch.no_grad():
         plan, ledger, rate = _decide(engine, plain, x, options)
-    attempt = _Attempt(engine, x, h0, plan, ledger)
+    attempt = _Attempt(plain.module, engine, x, h0, plan, ledger)
     attempt.run()
     check = _Check(attempt, options, carry or _Carry())
     check.run()
@@ -408,10 +427,20 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry
     return _Result(attempt.outputs(), attempt.final_state(), evidence, check.end_error)
 
 
+def _attempt_of_any(plain: ModuleEngine, x: Tensor, h0: State, options: _Options, carry: "_Carry") -> _Result:
+    """`_attempt`; a module of the user's own may fail on a batch of chunks though it takes the user's batch."""
+    try:
+        return _attempt(plain, x, h0, options, carry)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if is_stock(plain.module) or isinstance(error, InputError):
+            raise
+        raise _GiveUp(f"the module does not take the chunks as one batch ({error})") from error
+
+
 @torch.no_grad()
 def _check_state_carries_all(plain: ModuleEngine, head: Tensor, h0: State, tol: float) -> None:
     """Try on the first few steps that a user's module goes on from its state as if it had not been interrupted."""
-    if isinstance(plain.module, nn.RNNBase) or hasattr(plain.module, "cell_kind"):
+    if is_stock(plain.module):
         return
     half = len(head) // 2
     whole, _ = plain.advance(head, h0)
@@ -435,8 +464,6 @@ def _decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options) -
         raise _NotWorthIt("one chunk is the sequential run")
     ledger = _Ledger(None, float("inf"))
     if options.chunks == "auto":
-        if steps < _SHORTEST:
-            raise _NotWorthIt(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
         cost = step_cost(engine, plain, x)
         ledger = _Ledger(cost, _ATTEMPT_SHARE * options.budget * cost.sequential * steps)
     rate = None
@@ -450,15 +477,16 @@ def _decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: _Options) -
     plan = _Plan.cut(steps, chunks, warmup)
     if plan.chunks < 2:
         raise _NotWorthIt("one chunk is the sequential run")
-    _check_cost(plan, batch, ledger)
+    _check_cost(plan, batch, ledger, options.verify)
     return plan, ledger, rate
 
 
-def _check_cost(plan: _Plan, batch: int, ledger: _Ledger) -> None:
+def _check_cost(plan: _Plan, batch: int, ledger: _Ledger, verify: Verify = "pilot") -> None:
     cost = ledger.cost
     if cost is None:
         return
-    predicted = (plan.warmup + plan.length) * cost.batched(plan.chunks * batch)
+    kept_twice = plan.length if verify == "outputs" else 0
+    predicted = (plan.warmup + plan.length + kept_twice) * cost.batched(plan.chunks * batch)
     if ledger.spent + predicted > ledger.limit:
         raise _NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
 
@@ -566,22 +594,34 @@ class _Check:
 
     def run(self) -> None:
         self._agree(None)
-        self.attempt.ledger.limit *= _CHECKED_SHARE / _ATTEMPT_SHARE
         certificate = self._certificate()
         if certificate is not None:
             self._prove(certificate)
-            proved = self._proved_error()
-            if proved <= self.options.tol:
-                self.error = proved
+            assert certificate.rate is not None
+            rounding = self._rounding_a_step() / (1 - certificate.rate)
+            if self._proved_error() + rounding <= self.options.tol:
+                self.error = self._proved_error() + rounding
                 return
-            self.note = "the proved bound exceeds tol: the gain was measured as well"
+            self.note = "the proved bound and rounding exceed tol: the gain was measured as well"
         gain = self._measured_gain()
+        rounding = gain.rounding(self._rounding_a_step(), self.attempt.plan)
+        if not rounding <= self.options.tol:
+            raise _GiveUp(f"rounding alone may grow to {rounding:.1e}, more than tol: use float64 or a larger tol")
         self._agree(gain)
-        self.error = self._errors(gain).max().item()
+        self.error = self._errors(gain).max().item() + rounding
         if self.error > self.options.tol:
-            raise _GiveUp(f"the start state of this span is uncertain by {self.carry.mismatch:.1e}")
+            raise _GiveUp(
+                f"the errors of the boundaries and rounding add up to {self.error:.1e}"
+                if self.carry.mismatch <= self.options.tol
+                else f"the start state of this span is uncertain by {self.carry.mismatch:.1e}"
+            )
         if certificate is not None:
             self._prove(certificate)
+
+    def _rounding_a_step(self) -> float:
+        """How far a step of the batched run and one of the module itself may differ: an eps of the largest state."""
+        states = (*self.attempt.starts, *self.attempt.ends)
+        return torch.finfo(states[0].dtype).eps * max(1.0, *(part.detach().abs().max().item() for part in states))
 
     def _proved_error(self) -> float:
         """What is proved about the outputs and the final state together."""
@@ -615,7 +655,7 @@ class _Check:
         return torch.tensor(errors).to(largest) * largest
 
     def _measured_gain(self) -> _Gain:
-        """The gain of chunks 1, 2, …: of each by itself, or the largest of a pilot for all of them."""
+        """The gain of chunks 1, 2, …: for each of them the largest of a pilot, or of all chunks."""
         attempt, tol = self.attempt, self.options.tol
         others = attempt.plan.chunks - 1
         with torch.no_grad():
@@ -626,17 +666,16 @@ class _Check:
                 gain = attempt.gain_of_some(some.round().long(), tol)
         self.gain, self.gain_chunks = gain.largest.max().item(), len(gain.largest)
         self.left = gain.left.max().item()
-        if not self.gain * torch.finfo(self.mismatch.dtype).eps <= tol:
-            raise _GiveUp(f"differences grow {self.gain:.1e} times inside a chunk, so that rounding exceeds tol")
-        if self.options.verify == "outputs":
-            # what is left of chunk c - 1 at the start of chunk c; of chunk 0, which was not run again, the largest
-            return _Gain(gain.largest, torch.cat([gain.left.max()[None], gain.left[:-1]]))
-        return _Gain(*(largest.max().expand(others) for largest in gain))
+        # One direction of change says little of a single chunk: the largest of all chunks is taken for each.
+        return _Gain(gain.largest.max().expand(others), gain.left.max().expand(others), gain.steps)
 
     def _certificate(self) -> Certificate | None:
         """The certificate, where its assumptions hold for these inputs and this start state."""
         certificate = self.options.certificate
         if certificate is None:
+            return None
+        if not is_stock(self.attempt.module):
+            self.note = "the certificate is about layers as torch runs them, not as this module does: measured instead"
             return None
         if certificate.stable and certificate.holds_for(self.attempt.x.detach(), self._packed(self.attempt.h0)):
             return certificate
@@ -705,6 +744,11 @@ class _Call(NamedTuple):
     @classmethod
     def checked(cls, module: nn.Module, x: Any, h0: Any, options: _Options) -> "_Call":
         _check_module(module)
+        if not isinstance(x, Tensor | np.ndarray):
+            raise InputError(f"x must be a tensor, a NumPy array or a PackedSequence, not {type(x).__name__}")
+        h0 = tuple(h0) if isinstance(h0, list) else h0
+        if isinstance(module, nn.RNN | nn.GRU) and not (h0 is None or isinstance(h0, Tensor)):
+            raise InputError(f"h0 of {type(module).__name__} is one tensor, not a {type(h0).__name__}")
         unbatched = len(x.shape) == 2 and hasattr(module, "input_size")
         batch_first = bool(getattr(module, "batch_first", False)) and not unbatched
         _check_input(module, x, unbatched)
@@ -735,6 +779,8 @@ class _Call(NamedTuple):
 
 
 def _check_module(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise InputError(f"the module must be an nn.Module such as nn.LSTM, not {type(module).__name__}")
     refuse_dropout(module)
     if getattr(module, "bidirectional", False) and not isinstance(module, nn.RNNBase):
         raise InputError(
@@ -778,7 +824,13 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _layer_from_cell(cell: nn.RNNCellBase) -> nn.RNNBase:
-    kind = {nn.RNNCell: nn.RNN, nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM}[type(cell)]
+    kinds: dict[type, Any] = {nn.RNNCell: nn.RNN, nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM}
+    if type(cell) not in kinds or cell._forward_hooks or cell._forward_pre_hooks:
+        raise InputError(
+            f"{type(cell).__name__} is not a plain nn.RNNCell, nn.GRUCell or nn.LSTMCell: wrap it in a module that"
+            " returns (y, state) for a sequence"
+        )
+    kind = kinds[type(cell)]
     nonlinearity = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
     layer = kind(cell.input_size, cell.hidden_size, bias=cell.bias, device="meta", **nonlinearity)
     for name, parameter in cell.named_parameters():
@@ -807,6 +859,8 @@ def _run_bidirectional(call: _Call, options: _Options, target: Any = None) -> _R
     """Every layer and direction by itself; the error of a layer reaches the next through its measured input gain."""
     module, x = call.module, _finite(_tensor(call.x))
     assert isinstance(module, nn.RNNBase)
+    if not is_stock(module):
+        raise _GiveUp("a bidirectional module with a forward or hooks of its own runs as it is")
     share = options._replace(tol=max(options.tol / module.num_layers, 16 * torch.finfo(x.dtype).eps), certificate=None)
     error, finals, evidences = 0.0, [], []
     for layer in range(module.num_layers):
@@ -848,6 +902,8 @@ def _input_gain(plain: ModuleEngine, x: Tensor, tol: float, windows: int = 8, st
 def _run_packed(module: nn.Module, x: PackedSequence, h0: Any, options: _Options) -> tuple[Any, Any, Evidence]:
     """Every sequence by itself, longest first; where one cannot, the module runs on the packed batch."""
     padded, lengths = pad_packed_sequence(x._replace(data=_finite(x.data)))
+    if h0 is not None and any(part.dim() != 3 or part.shape[1] != len(lengths) for part in parts_of(h0)):
+        raise InputError(f"h0 must have shape (layers, {len(lengths)}, H): one start state for each packed sequence")
     begun, results = time.perf_counter(), {}
     if options.chunks == "auto" and len(padded) >= _SHORTEST:
         first = _rows_of(h0, slice(1))
@@ -911,10 +967,13 @@ def _run_spans(call: _Call, options: _Options, target: Any = None) -> _Result:
     steps = len(call.x)
     span = steps if target is None and isinstance(call.x, Tensor) else _span_steps(call)
     state, carry, pieces, evidences = call.h0, _Carry(), [], []
+    if options.chunks == "auto" and steps < _SHORTEST:
+        raise _NotWorthIt(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
     _check_state_carries_all(call.plain, _finite(_tensor(call.x[:_CARRY_STEPS])), state, options.tol)
     for begin in range(0, steps, span):
         with torch.set_grad_enabled(torch.is_grad_enabled() and target is None):
-            result = _attempt(call.plain, _finite(_tensor(call.x[begin : begin + span])), state, options, carry)
+            x = _finite(_tensor(call.x[begin : begin + span]))
+            result = _attempt_of_any(call.plain, x, state, options, carry)
         state = result.state
         carry = _Carry(result.evidence.error_estimate, result.end_error)
         evidences.append(result.evidence)
@@ -936,8 +995,7 @@ def _span_steps(call: _Call) -> int:
 def _time_major(out: Any, call: _Call) -> Any:
     if out is None:
         return None
-    width = call.h0[0].shape[-1] * (2 if getattr(call.module, "bidirectional", False) else 1)
-    wanted = (*call.original_x.shape[: 1 if call.unbatched else 2], width)
+    wanted = (*call.original_x.shape[: 1 if call.unbatched else 2], *_output_shape(call))
     if not isinstance(out, Tensor | np.ndarray):
         raise InputError(f"out must be a tensor or a NumPy array, not {type(out).__name__}")
     if _shares_memory(out, call.original_x):
@@ -950,6 +1008,16 @@ def _time_major(out: Any, call: _Call) -> Any:
     if tuple(out.shape) != wanted:
         raise InputError(f"out has shape {tuple(out.shape)}, but the outputs have shape {wanted}")
     return out[:, None] if call.unbatched else out.swapaxes(0, 1) if call.batch_first else out
+
+
+def _output_shape(call: _Call) -> tuple[int, ...]:
+    """The shape of one output of one sequence; of a module of the user's own, by a look at its first."""
+    if getattr(call.module, "bidirectional", False):
+        return (2 * call.h0[0].shape[-1],)
+    if is_stock(call.module):
+        return (call.h0[0].shape[-1],)
+    with torch.no_grad():
+        return tuple(call.plain.advance(_finite(_tensor(call.x[:1])), call.h0)[0].shape[2:])
 
 
 def _shares_memory(out: Any, x: Any) -> bool:
@@ -1118,6 +1186,23 @@ class Parallel(nn.Module):
         }
         self.evidence: Evidence | None = None
 
-    def forward(self, x: Any, hx: Any = None) -> tuple[Any, Any]:
-        y, state, self.evidence = run_parallel(self.module, x, hx, **self.options)
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        options = self.options
+        certificate = options["certificate"]
+        outdated = certificate is not None and not certificate.is_about(self.module)
+        y, state, evidence = run_parallel(
+            self.module, input, hx, **{**options, "certificate": None if outdated else certificate}
+        )
+        if outdated:
+            evidence = replace(evidence, note="the weights are no longer those of the certificate: measured instead")
+        self.evidence = evidence
         return y, state
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes and the like (`hidden_size`, `batch_first`, …) are those of the module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)

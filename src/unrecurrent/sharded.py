@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from unrecurrent.engines import State, choose_engine
 from unrecurrent.errors import InputError
 from unrecurrent.parallel import (
+    _CARRY_STEPS,
     Evidence,
     Verify,
     _Call,
+    _check_state_carries_all,
     _finite,
     _forgetting,
     _GiveUp,
@@ -93,6 +95,7 @@ class _Shard:
             self.target = target[self.begin : self.end]
 
     def run(self) -> tuple[State, Evidence]:
+        self._together(self._check_carrying)
         warmup = self._agreed_warmup()
         if warmup is None:
             return self._one_after_the_other(_NEEDED)
@@ -135,6 +138,14 @@ class _Shard:
         if not self._largest(float(fault is not None)):
             return result  # type: ignore[return-value]
         raise fault or InputError("the input of another rank cannot be used: its own message says why")
+
+    def _check_carrying(self) -> None:
+        """Refuse a module that cannot be handed from rank to rank by its state."""
+        head = _finite(_tensor(self.whole.x[:_CARRY_STEPS]))
+        try:
+            _check_state_carries_all(self.whole.plain, head, self.whole.h0, self.options.tol)
+        except _GiveUp as reason:
+            raise InputError(f"{reason}: it cannot be shared by ranks") from reason
 
     def _agreed_warmup(self) -> int | None:
         """The longest warm-up any rank asks for; None where one rank sees that its span does not forget."""

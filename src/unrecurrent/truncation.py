@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unrecurrent.engines import refuse_dropout
+from unrecurrent.engines import is_stock, refuse_dropout
 from unrecurrent.errors import InputError, is_whole
 
 State = tuple[Tensor, ...]
@@ -159,6 +159,11 @@ def _kind(module: nn.Module) -> str:
     kind = getattr(module, "cell_kind", None) or (module.mode if isinstance(module, nn.RNNBase) else None)
     if kind not in _STEPS:
         raise InputError(f"{type(module).__name__} is not an nn.RNN, nn.LSTM, nn.GRU or StableLSTM: give one of those")
+    if not is_stock(module):
+        raise InputError(
+            f"{type(module).__name__} has a forward or hooks of its own, which truncate would leave out: give the plain"
+            " layer"
+        )
     return kind
 
 
