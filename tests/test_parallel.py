@@ -293,7 +293,7 @@ def test_growth_beyond_rounding_falls_back():
 
 def test_slow_stretch_is_swept():
     """A leak that pauses for a while: the chunk behind needs its predecessor's state, the others do not."""
-    x = torch.stack([torch.full((400, 1), 0.5), torch.rand(400, 1)], dim=-1)
+    x = torch.stack([torch.full((400, 1), 0.5), torch.rand(400, 1)], dim=-1).double()
     x[195:260, :, 0] = 1.0
     y, state, evidence = run_parallel(Leak(), x, chunks=8, warmup=25)
     assert evidence.mode == "parallel"
@@ -797,11 +797,11 @@ def scaled(module, factor):
 @pytest.mark.parametrize("verify", ["pilot", "outputs"])
 @pytest.mark.parametrize("chunks", [2, 3])
 @pytest.mark.parametrize("tol", [1e-4, 1e-2])
-@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU])
-def test_few_chunks_of_a_chaotic_module_are_not_taken_for_its_run(kind, tol, chunks, verify):
+@pytest.mark.parametrize(("kind", "size"), [(nn.RNN, 64), (nn.GRU, 256)])
+def test_few_chunks_of_a_chaotic_module_are_not_taken_for_its_run(kind, size, tol, chunks, verify):
     """After as many sweeps as there are boundaries all mismatches are 0, though rounding has grown to everything."""
     torch.manual_seed(0)
-    module = scaled(kind(8, 64), 5)
+    module = scaled(kind(8, size), 5)
     x = 0.3 * torch.randn(400, 1, 8)
     assert_fell_back(module, x, None, tol=tol, chunks=chunks, warmup=10, verify=verify)
 
@@ -839,10 +839,11 @@ def hooked():
 def test_a_certificate_says_nothing_of_a_forward_of_ones_own(make):
     torch.manual_seed(0)
     module, x = scaled(make(), 0.3), torch.rand(600, 1, 3)
-    y, _, evidence = run_parallel(module, x, chunks=8, warmup=5, tol=1e-2, certificate=certify(module, inputs=x))
+    with torch.no_grad():
+        y, _, evidence = run_parallel(module, x, chunks=8, warmup=5, tol=1e-2, certificate=certify(module, inputs=x))
+        assert float((y - module(x)[0]).abs().max()) <= 1e-2
     assert evidence.bound is None
     assert "not as this module does" in evidence.note
-    assert float((y - module(x)[0]).abs().max()) <= 1e-2
 
 
 def test_a_bidirectional_module_with_hooks_runs_as_it_is():
@@ -877,7 +878,7 @@ def test_a_blind_direction_of_change_does_not_hide_a_gain():
     x[50::100, :, 2] = 1000
     y, _, evidence = run_parallel(Difference(), x, chunks=8, warmup=80, tol=1e-2, verify="outputs")
     assert float((y - Difference()(x)[0]).abs().max()) <= 1e-2
-    assert evidence.gain > 10
+    assert evidence.gain > 5
 
 
 def test_out_of_a_module_whose_outputs_are_not_its_state(monkeypatch):
@@ -911,7 +912,7 @@ def test_short_sequences_are_not_probed():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: run_parallel(nn.Linear(3, 3), torch.randn(8, 1, 3)), "must return"),
+        (lambda: run_parallel(nn.Linear(3, 3), torch.randn(8, 1, 3)), "must take"),
         (lambda: run_parallel("lstm", torch.randn(8, 1, 3)), "nn.Module"),
         (lambda: run_parallel(nn.GRU(3, 8), [[1.0]]), "x must be"),
         (lambda: run_parallel(nn.GRU(3, 8), torch.randn(8, 1, 3), tol="small"), "tol is"),

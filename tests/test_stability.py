@@ -184,27 +184,30 @@ def test_warm_started_clipping_follows_the_largest_singular_values(size):
 
 
 @pytest.mark.skipif(kernels.library() is None, reason="needs a C compiler")
-@pytest.mark.parametrize("shape", [(16, 16), (64, 48), (256, 256), (40, 16), (500, 512)])
-@pytest.mark.parametrize("scale", [0.3, 0.55, 3.0])
+@pytest.mark.parametrize("shape", [(32, 48), (64, 48), (256, 256), (40, 32), (200, 240)])
+@pytest.mark.parametrize("scale", [0.3, 0.5, 3.0])
 def test_one_call_clips_as_the_plain_steps_do(shape, scale):
     torch.manual_seed(0)
     weight = scale * torch.randn(shape) / shape[1] ** 0.5
     fast, plain = weight.clone(), weight.clone()
-    fast_basis = torch.linalg.qr(torch.randn(shape[1], 8))[0].contiguous()
+    fast_basis = torch.linalg.qr(torch.randn(shape[1], kernels.DIRECTIONS))[0].contiguous()
     plain_basis = fast_basis.clone()
     for _ in range(6):
         change = 0.01 * torch.randn(shape) / shape[1] ** 0.5
         for matrix, basis, clip in ((fast, fast_basis, kernels.clip_top), (plain, plain_basis, clip_top_reference_)):
             matrix += change
-            clip(matrix, 0.9, basis)
+            assert clip(matrix, 0.9, basis) == (scale < 3)
         torch.testing.assert_close(fast, plain, atol=2e-4, rtol=1e-3)
-    torch.testing.assert_close(fast_basis.t() @ fast_basis, torch.eye(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(fast_basis.t() @ fast_basis, torch.eye(kernels.DIRECTIONS), atol=1e-3, rtol=0)
 
 
-def test_more_large_singular_values_than_are_followed_are_scaled_down():
-    weight = 1.5 * torch.eye(40)
-    clip_top_(weight, 0.9, first_basis(weight))  # 8 are followed
-    assert torch.linalg.matrix_norm(weight, 2) <= 0.9001
+@pytest.mark.parametrize("compiled", [True, False])
+def test_more_large_singular_values_than_are_followed_are_clipped_exactly(monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda *name: None)
+    weight = torch.diag(torch.linspace(1.5, 1.0, 48))
+    clip_top_(weight, 0.9, first_basis(weight))
+    torch.testing.assert_close(weight, 0.9 * torch.eye(48), atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,15 +616,18 @@ def test_functional_call_leaves_the_tensors_it_is_given(kind):
     assert all(torch.equal(given[name], before[name]) for name in before)
 
 
-def test_a_stable_rnn_stays_close_to_its_rate_between_steps():
-    layer = StableRNN(16, 64, rate=0.95)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3, fused=True)
+@pytest.mark.parametrize(("size", "learning_rate", "excess"), [(64, 3e-3, 1.03), (256, 1e-3, 1.08)])
+def test_a_stable_rnn_stays_close_to_its_rate_between_steps(size, learning_rate, excess):
+    torch.manual_seed(0)
+    layer = StableRNN(16, size, rate=0.95)
+    optimizer, norms = torch.optim.AdamW(layer.parameters(), lr=learning_rate, fused=True), []
     for _ in range(40):
         optimizer.zero_grad()
         y, _ = layer(torch.randn(20, 4, 16))
         (y - torch.randn_like(y)).square().mean().backward()
         optimizer.step()
-        assert torch.linalg.matrix_norm(layer.weight_hh_l0.detach(), 2) < 1.0
+        norms.append(float(torch.linalg.matrix_norm(layer.weight_hh_l0.detach(), 2)))
+    assert max(norms) <= 0.95 * excess
     assert torch.linalg.matrix_norm(layer.eval().weight_hh_l0.detach(), 2) <= 0.95
 
 

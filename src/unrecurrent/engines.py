@@ -49,8 +49,13 @@ class ModuleEngine:
 
     def _probe(self, x: Tensor, h0: Any) -> State:
         first = x.transpose(0, 1) if self.batch_first else x
-        with torch.no_grad():
-            answer = self.module(first, h0)
+        try:
+            with torch.no_grad():
+                answer = self.module(first, h0)
+        except TypeError as error:
+            raise InputError(
+                f"the module must take (x, state), as nn.LSTM does: wrap it so that it does ({error})"
+            ) from error
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Tensor)):
             raise InputError("the module must return (y, state), as nn.LSTM does: wrap it so that it does")
         y, state = answer

@@ -225,7 +225,7 @@ def hold_rows(
 
 
 #: how many singular values `clip_top` follows, and of how large matrices (names as in the C file)
-DIRECTIONS, MOST_SIZE, BLOCK = 8, 512, 16
+DIRECTIONS, MOST_SIZE, BLOCK = 16, 256, 16
 
 
 def clips(weight: Tensor) -> bool:
@@ -234,14 +234,16 @@ def clips(weight: Tensor) -> bool:
     return max(rows, size) <= MOST_SIZE and size % BLOCK == 0 and rows % 4 == 0
 
 
-def clip_top(weight: Tensor, bound: float, basis: Tensor) -> None:
-    """`clip_top_` of projections.py, for a basis `(H, DIRECTIONS)` of a matrix that `clips` accepts, in place."""
+def clip_top(weight: Tensor, bound: float, basis: Tensor) -> bool:
+    """`clip_top_reference_` of projections.py, for a basis `(H, DIRECTIONS)` of a matrix that `clips` accepts."""
     functions = library()
     assert functions is not None
     given = (_pointer(weight), *weight.shape, _pointer(basis), ctypes.c_float(bound))
-    if functions.clip_top(*given):
+    moved = functions.clip_top(*given)
+    if moved > 0:
         _mark_written(weight)
     _mark_written(basis)
+    return moved >= 0
 
 
 class PaperRows:

@@ -14,8 +14,8 @@ ROUNDING = 4e-6
 SCALE_TOLERANCE = 1e-4
 # Newton rounds on one threshold; three or four are usual.
 MAX_ROUNDS = 100
-# Singular values followed from step to step: one in 32, within these.
-FEWEST_DIRECTIONS, MOST_DIRECTIONS = kernels.DIRECTIONS, 32
+# Singular values followed from step to step: one in 16, within these.
+FEWEST_DIRECTIONS, MOST_DIRECTIONS = kernels.DIRECTIONS, 64
 # Orthogonal iterations each time the largest singular values are looked for.
 POWER_STEPS = 1
 
@@ -87,11 +87,11 @@ def shrink_rows(
 
 
 @torch.no_grad()
-def clip_singular_values_(weight: Tensor, bound: float) -> float:
+def clip_singular_values_(weight: Tensor, bound: float, basis: Tensor | None = None) -> float:
     """Move a matrix to the nearest one (Frobenius norm) of spectral norm at most `bound`, in place and exactly.
 
     Singular values above `bound` become `bound`, the others and all singular vectors stay. Computed in float64;
-    returns the spectral norm found.
+    returns the spectral norm found. A `basis` `(H, k)` becomes the singular vectors of the k largest.
 
     >>> w = torch.diag(torch.tensor([2.0, 0.5]))
     >>> round(clip_singular_values_(w, 0.9), 3), w.diagonal().round(decimals=3)
@@ -101,13 +101,15 @@ def clip_singular_values_(weight: Tensor, bound: float) -> float:
     over = s > bound
     if over.any():
         weight -= ((u[:, over] * (s[over] - bound * (1 - ROUNDING))) @ v[over]).to(weight.dtype)
+    if basis is not None:
+        basis.copy_(v[: basis.shape[1]].t())
     return float(s[0])
 
 
 def first_basis(weight: Tensor) -> Tensor:
     """Orthonormal directions `(H, k)` for `clip_top_` to begin with; the same for all matrices of one shape."""
     generator = torch.Generator().manual_seed(0)
-    size = min(max(FEWEST_DIRECTIONS, min(weight.shape) // 32), MOST_DIRECTIONS, *weight.shape)
+    size = min(max(FEWEST_DIRECTIONS, min(weight.shape) // 16), MOST_DIRECTIONS, *weight.shape)
     columns = torch.randn(weight.shape[1], size, generator=generator)
     return torch.linalg.qr(columns)[0].to(weight).contiguous()
 
@@ -129,24 +131,28 @@ def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> None:
     One step of orthogonal iteration on WᵀW, a Rayleigh-Ritz step, and a correction of rank at most k: four passes over
     W instead of a decomposition. Between calls W moves little, so `basis` stays close to its largest singular vectors;
     what it misses is caught by a later call, or by `clip_singular_values_`. Where even the smallest value followed lies
-    above `bound`, more than k of them do: all of W is then scaled down so that it does not.
+    above `bound`, more than k of them do: then all are clipped exactly, and followed from there. So are those of a
+    matrix that has no more than k.
     """
+    all_followed = basis.shape[1] >= min(weight.shape)
     small = basis.shape[1] == kernels.DIRECTIONS and kernels.clips(weight)
-    if small and kernels.takes(weight, basis):
-        kernels.clip_top(weight, bound, basis)
-    else:
-        clip_top_reference_(weight, bound, basis)
+    clip = kernels.clip_top if small and kernels.takes(weight, basis) else clip_top_reference_
+    if all_followed or not clip(weight, bound, basis):
+        clip_singular_values_(weight, bound, basis)
 
 
 @torch.no_grad()
-def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor) -> None:
-    """`clip_top_` in PyTorch: for larger matrices, other devices and types, and where there is no compiler."""
+def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor) -> bool:
+    """`clip_top_` in PyTorch: for larger matrices, other devices and types, and where there is no compiler.
+
+    Returns whether all that lie above `bound` may be among those followed; if not, nothing but the basis was changed.
+    """
     if weight.dtype in (torch.float16, torch.bfloat16):  # torch decomposes no matrices of these
         wide, wide_basis = weight.float(), basis.float()
-        clip_top_reference_(wide, bound, wide_basis)
+        enough = clip_top_reference_(wide, bound, wide_basis)
         weight.copy_(wide)
         basis.copy_(wide_basis)
-        return
+        return enough
     moved = basis
     for _ in range(POWER_STEPS):
         moved = _orthonormal(weight.t() @ (weight @ moved))
@@ -154,7 +160,9 @@ def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor) -> None:
     squares, rotation = torch.linalg.eigh(image.t() @ image)
     values = squares.clamp_min(0).sqrt()
     basis.copy_(moved @ rotation)
+    if float(values[0]) > bound:
+        return False
     if float(values[-1]) > bound:
-        level = max(float(values[0]), bound)
-        excess = (values - level).clamp_min(0) / values.clamp_min(torch.finfo(values.dtype).tiny)
-        weight.addmm_(image @ (rotation * excess), basis.t(), beta=bound / level, alpha=-bound / level)
+        excess = (values - bound).clamp_min(0) / values.clamp_min(torch.finfo(values.dtype).tiny)
+        weight.addmm_(image @ (rotation * excess), basis.t(), alpha=-1)
+    return True

@@ -327,8 +327,8 @@ int hold_layer(const Layer *l, const Drive *d, const Tensors *t) {
 
 /* What follows is `clip_top_` of projections.py for DIRECTIONS columns of a small matrix, which takes torch some thirty
    calls. A row of such columns, one number a direction, is one vector. */
-#define DIRECTIONS 8
-#define MOST_SIZE 512
+#define DIRECTIONS 16
+#define MOST_SIZE 256
 #define BLOCK 16
 
 typedef float Row __attribute__((vector_size(4 * DIRECTIONS), aligned(4)));
@@ -427,7 +427,8 @@ static void eigen(Small a, Small v) {
     }
 }
 
-/* weight (rows, size) and basis (size, DIRECTIONS) in place; returns whether the weight was moved. */
+/* weight (rows, size) and basis (size, DIRECTIONS) in place; returns whether the weight was moved, or -1 where more
+   singular values than are followed lie above the bound. */
 int clip_top(float *weight, int rows, int size, float *basis, float bound) {
     Row image[MOST_SIZE], moved[MOST_SIZE], *turned = (Row *)basis;
     Block across[DIRECTIONS][MOST_SIZE / BLOCK];
@@ -447,9 +448,9 @@ int clip_top(float *weight, int rows, int size, float *basis, float bound) {
         least = lesser(least, values[m]), most = greater(most, values[m]);
     }
     if (!(most > bound)) return 0;
-    float level = greater(least, bound), factor = bound / level;
+    if (least > bound) return -1;
     for (int n = 0; n < DIRECTIONS; n++) {
-        double share = factor * greater(values[n] - level, 0) / greater(values[n], TINY);
+        double share = greater(values[n] - bound, 0) / greater(values[n], TINY);
         for (int m = 0; m < DIRECTIONS; m++) factors[m][n] *= share;
     }
     combine(image, rows, factors, image);
@@ -457,7 +458,7 @@ int clip_top(float *weight, int rows, int size, float *basis, float bound) {
         for (int m = 0; m < DIRECTIONS; m++) across[m][j / BLOCK][j % BLOCK] = turned[j][m];
     for (int i = 0; i < rows; i++, weight += size)
         for (int b = 0; b < size / BLOCK; b++) {
-            Block *entries = (Block *)weight + b, sum = *entries * factor;
+            Block *entries = (Block *)weight + b, sum = *entries;
             for (int m = 0; m < DIRECTIONS; m++) sum -= across[m][b] * image[i][m];
             *entries = sum;
         }

@@ -225,7 +225,8 @@ class _Spectral(_Policy):
         clip_top_(self.layer.weight_hh, self.bound, self.basis)
 
     def project(self) -> None:
-        clip_singular_values_(self.layer.weight_hh, self.bound)
+        self.basis = self.basis.to(self.layer.weight_hh)
+        clip_singular_values_(self.layer.weight_hh, self.bound, self.basis)
 
     def memory(self) -> Tensor:
         return self.basis
