@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from unrecurrent.records import Record, command_line, make_record, write_records
 from unrecurrent.self_keeping import ADAPT_EVERY
-from unrecurrent.stability import StableLSTM, stabilize
+from unrecurrent.stability import StableLSTM, StableRNN, stabilize
 
 STEPS, BATCH, WARM_UP = 35, 32, 1
 OURS = {
@@ -85,6 +85,17 @@ def held(size: int, model: str, repeats: int) -> list[float]:
     return [free / (free + part + spread) for part in holds]
 
 
+def excess(size: int, repeats: int) -> list[float]:
+    """How far ‖W_hh‖₂ lies above the rate after each of so many training steps."""
+    torch.manual_seed(0)
+    layer = StableRNN(size, size)
+    step, found = training_step(layer, size), []
+    for _ in range(repeats):
+        step()
+        found.append(float(torch.linalg.matrix_norm(layer.weight_hh_l0.detach(), 2)) / layer.rate - 1)
+    return found
+
+
 def parametrized(size: int, repeats: int) -> dict[str, list[float]]:
     """The same step of an `nn.RNNCell` loop with `weight_hh` parametrized, relative to the same loop without.
 
@@ -142,6 +153,13 @@ def main() -> None:
         for model in (*OURS, "certified-lstm"):
             variant = "unrecurrent, training step at batch 32 x 35"
             add(size, model, variant, held(size, model, options.repeats), "the same step, unconstrained")
+        above = excess(size, options.repeats)
+        records.append(
+            make_record(
+                command=command_line(), model="certified-rnn", variant="‖W_hh‖₂ above the rate after a step",
+                metric="excess", mean=statistics.median(above), largest=max(above), seeds=1, hidden_size=size,
+            )
+        )  # fmt: skip
         for name, speeds in parametrized(size, max(3, options.repeats // 16)).items():
             variant = f"{name} on nn.RNNCell, training step at batch 32 x 35"
             add(size, "rnn", variant, speeds, "the same loop, unconstrained")

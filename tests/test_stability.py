@@ -196,7 +196,7 @@ def test_one_call_clips_as_the_plain_steps_do(shape, scale):
         change = 0.01 * torch.randn(shape) / shape[1] ** 0.5
         for matrix, basis, clip in ((fast, fast_basis, kernels.clip_top), (plain, plain_basis, clip_top_reference_)):
             matrix += change
-            assert clip(matrix, 0.9, basis) == (scale < 3)
+            assert clip(matrix, 0.9, basis, 0.0) == (scale < 3)
         torch.testing.assert_close(fast, plain, atol=2e-4, rtol=1e-3)
     torch.testing.assert_close(fast_basis.t() @ fast_basis, torch.eye(kernels.DIRECTIONS), atol=1e-3, rtol=0)
 
@@ -616,7 +616,7 @@ def test_functional_call_leaves_the_tensors_it_is_given(kind):
     assert all(torch.equal(given[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize(("size", "learning_rate", "excess"), [(64, 3e-3, 1.03), (256, 1e-3, 1.08)])
+@pytest.mark.parametrize(("size", "learning_rate", "excess"), [(64, 3e-3, 1.03), (256, 1e-3, 1.12)])
 def test_a_stable_rnn_stays_close_to_its_rate_between_steps(size, learning_rate, excess):
     torch.manual_seed(0)
     layer = StableRNN(16, size, rate=0.95)

@@ -234,11 +234,11 @@ def clips(weight: Tensor) -> bool:
     return max(rows, size) <= MOST_SIZE and size % BLOCK == 0 and rows % 4 == 0
 
 
-def clip_top(weight: Tensor, bound: float, basis: Tensor) -> bool:
+def clip_top(weight: Tensor, bound: float, basis: Tensor, out_of_hand: float) -> bool:
     """`clip_top_reference_` of projections.py, for a basis `(H, DIRECTIONS)` of a matrix that `clips` accepts."""
     functions = library()
     assert functions is not None
-    given = (_pointer(weight), *weight.shape, _pointer(basis), ctypes.c_float(bound))
+    given = (_pointer(weight), *weight.shape, _pointer(basis), ctypes.c_float(bound), ctypes.c_float(out_of_hand))
     moved = functions.clip_top(*given)
     if moved > 0:
         _mark_written(weight)

@@ -16,6 +16,8 @@ SCALE_TOLERANCE = 1e-4
 MAX_ROUNDS = 100
 # Singular values followed from step to step: one in 16, within these.
 FEWEST_DIRECTIONS, MOST_DIRECTIONS = kernels.DIRECTIONS, 64
+# How far the smallest value followed may lie above the bound before all are clipped exactly, which is far dearer.
+OUT_OF_HAND = 0.02
 # Orthogonal iterations each time the largest singular values are looked for.
 POWER_STEPS = 1
 
@@ -131,25 +133,26 @@ def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> None:
     One step of orthogonal iteration on WᵀW, a Rayleigh-Ritz step, and a correction of rank at most k: four passes over
     W instead of a decomposition. Between calls W moves little, so `basis` stays close to its largest singular vectors;
     what it misses is caught by a later call, or by `clip_singular_values_`. Where even the smallest value followed lies
-    above `bound`, more than k of them do: then all are clipped exactly, and followed from there. So are those of a
+    far above `bound`, more than k of them do: then all are clipped exactly, and followed from there. So are those of a
     matrix that has no more than k.
     """
     all_followed = basis.shape[1] >= min(weight.shape)
     small = basis.shape[1] == kernels.DIRECTIONS and kernels.clips(weight)
     clip = kernels.clip_top if small and kernels.takes(weight, basis) else clip_top_reference_
-    if all_followed or not clip(weight, bound, basis):
+    if all_followed or not clip(weight, bound, basis, OUT_OF_HAND):
         clip_singular_values_(weight, bound, basis)
 
 
 @torch.no_grad()
-def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor) -> bool:
+def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor, out_of_hand: float) -> bool:
     """`clip_top_` in PyTorch: for larger matrices, other devices and types, and where there is no compiler.
 
-    Returns whether all that lie above `bound` may be among those followed; if not, nothing but the basis was changed.
+    Returns whether it was done: where the smallest value lies `out_of_hand` (a share) above `bound`, only the basis is
+    changed.
     """
     if weight.dtype in (torch.float16, torch.bfloat16):  # torch decomposes no matrices of these
         wide, wide_basis = weight.float(), basis.float()
-        enough = clip_top_reference_(wide, bound, wide_basis)
+        enough = clip_top_reference_(wide, bound, wide_basis, out_of_hand)
         weight.copy_(wide)
         basis.copy_(wide_basis)
         return enough
@@ -160,7 +163,7 @@ def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor) -> bool:
     squares, rotation = torch.linalg.eigh(image.t() @ image)
     values = squares.clamp_min(0).sqrt()
     basis.copy_(moved @ rotation)
-    if float(values[0]) > bound:
+    if float(values[0]) > bound * (1 + out_of_hand):
         return False
     if float(values[-1]) > bound:
         excess = (values - bound).clamp_min(0) / values.clamp_min(torch.finfo(values.dtype).tiny)

@@ -427,9 +427,9 @@ static void eigen(Small a, Small v) {
     }
 }
 
-/* weight (rows, size) and basis (size, DIRECTIONS) in place; returns whether the weight was moved, or -1 where more
-   singular values than are followed lie above the bound. */
-int clip_top(float *weight, int rows, int size, float *basis, float bound) {
+/* weight (rows, size) and basis (size, DIRECTIONS) in place; returns whether the weight was moved, or -1 where even
+   the least of the singular values followed lies that share above the bound. */
+int clip_top(float *weight, int rows, int size, float *basis, float bound, float out_of_hand) {
     Row image[MOST_SIZE], moved[MOST_SIZE], *turned = (Row *)basis;
     Block across[DIRECTIONS][MOST_SIZE / BLOCK];
     Small squares, factors;
@@ -448,7 +448,7 @@ int clip_top(float *weight, int rows, int size, float *basis, float bound) {
         least = lesser(least, values[m]), most = greater(most, values[m]);
     }
     if (!(most > bound)) return 0;
-    if (least > bound) return -1;
+    if (least > bound * (1 + out_of_hand)) return -1;
     for (int n = 0; n < DIRECTIONS; n++) {
         double share = greater(values[n] - bound, 0) / greater(values[n], TINY);
         for (int m = 0; m < DIRECTIONS; m++) factors[m][n] *= share;
