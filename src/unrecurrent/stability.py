@@ -727,9 +727,9 @@ class _SelfKeepingLayer(SelfKeeping):
 class StableRNN(_SelfKeepingLayer, nn.RNN):
     """An `nn.RNN` that contracts at `rate` in the Euclidean norm whatever it reads: ‖W_hh‖₂ ≤ rate in every layer.
 
-    h ← tanh(U x + W h + b), or ReLU. In `eval()` and `state_dict()` all singular values of W are clipped, exactly; after
-    an optimizer step the largest ones, so that while it trains the norm may lie some percent above. Arguments, shapes and errors are those of `nn.RNN`, and `rate`
-    between 0 and 1. Source: docs/stability.md.
+    h ← tanh(U x + W h + b), or ReLU. In `eval()` and `state_dict()` all singular values of W are clipped, exactly;
+    after an optimizer step the largest ones, so that while it trains the norm may lie some percent above. Arguments,
+    shapes and errors are those of `nn.RNN`, and `rate` between 0 and 1. Source: docs/stability.md.
 
     >>> rnn = StableRNN(3, 5, rate=0.9)
     >>> y, h = rnn(torch.randn(7, 4, 3))
