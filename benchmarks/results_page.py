@@ -44,6 +44,11 @@ COLUMNS = {
     "rate (proved)": "certified_rate",
     "horizon 10⁻² (proved)": "certified_horizon",
     "local rate (estimate)": "local_rate",
+    "ran": "mode",
+    "sweeps": "sweeps",
+    "steps that wait": "sequential_depth",
+    "mismatch (measured)": "max_mismatch",
+    "error of any output (proved)": "bound",
 }
 
 
@@ -56,9 +61,15 @@ def shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
+def with_evidence(record: Record) -> Record:
+    """Return a record beside what a parallel run showed about itself, where that is kept with it."""
+    evidence = record.get("evidence")
+    return {**evidence, **record} if isinstance(evidence, dict) else record
+
+
 def section(path: Path) -> str:
     """Return one file of records as a titled table with its commands below."""
-    records = read_records(path)
+    records = [with_evidence(record) for record in read_records(path)]
     used = {title: key for title, key in COLUMNS.items() if any(r.get(key) is not None for r in records)}
     rows = [[shown(record.get(key)) for key in used.values()] for record in records]
     commands = dict.fromkeys(f"`{r['command']}` ({r['machine']}; {r['date']}; {r['commit']})" for r in records)
