@@ -157,3 +157,13 @@ def test_one_process_is_one_rank():
 def test_bidirectional_is_refused_in_one_sentence():
     with pytest.raises(InputError, match="bidirectional"):
         run_sharded(nn.GRU(3, 8, bidirectional=True), torch.randn(10, 1, 3))
+
+
+def test_a_module_whose_state_does_not_carry_all_cannot_be_shared():
+    class Sum(nn.LSTM):
+        def forward(self, x, hx=None):
+            y, state = super().forward(x, hx)
+            return y.cumsum(0), state
+
+    with pytest.raises(InputError, match="cannot be shared by ranks"):
+        run_sharded(Sum(3, 8), torch.rand(400, 1, 3), chunks=4, warmup=60)
