@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from unrecurrent.errors import InputError
 from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
 
-#: queries that attend together where a window or a cache makes the mask more than a triangle
-BLOCK = 128
+#: queries that attend together where there is a window: few, and there are many calls; many, and most of it is masked
+BLOCK = 64
 
 
 def attend_reference(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
@@ -32,22 +32,23 @@ def visible(queries: int, keys: int, window: int | None, device: torch.device) -
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, window: int | None, block: int = BLOCK) -> Tensor:
-    """Return the same by torch's fused kernels, `block` queries at a time with the keys that these can see.
+    """Return the same by torch's fused kernels, with a window `block` queries at a time and the keys in their reach.
 
-    Work and memory are those of the keys in reach: T times the window, and not T².
+    Work and memory are then T times the window, and not T².
     """
-    steps, total = queries.shape[-2], keys.shape[-2]
-    if steps == total and (window is None or steps <= window):
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    parts = []
-    for start in range(0, steps, block):
-        some = queries[..., start : start + block, :]
-        end = total - steps + start + some.shape[-2]
-        first = 0 if window is None else max(0, end - some.shape[-2] - window + 1)
-        mask = None if some.shape[-2] == 1 else visible(some.shape[-2], end - first, window, queries.device)
-        reach = (..., slice(first, end), slice(None))
-        parts.append(F.scaled_dot_product_attention(some, keys[reach], values[reach], mask))
-    return torch.cat(parts, -2)
+    steps, behind = queries.shape[-2], keys.shape[-2] - queries.shape[-2]
+    if (window is None or behind + steps <= window) and (behind == 0 or steps == 1):
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=steps > 1)
+    sizes = [steps] if window is None else [min(block, steps - start) for start in range(0, steps, block)]
+    # One split, its pieces joined again: slices would cost the backward pass a whole sequence of zeros each.
+    blocks = [part.split([behind, *sizes], -2) for part in (keys, values)]
+    outputs = []
+    for i, some in enumerate(queries.split(sizes, -2), start=1):
+        first = 0 if window is None else max(0, i - -(-(window - 1) // block))
+        some_keys, some_values = (torch.cat(part[first : i + 1], -2) for part in blocks)
+        mask = visible(some.shape[-2], some_keys.shape[-2], window, queries.device)
+        outputs.append(F.scaled_dot_product_attention(some, some_keys, some_values, mask))
+    return torch.cat(outputs, -2)
 
 
 def rotations(count: int, size: int, like: Tensor) -> Tensor:
