@@ -82,6 +82,16 @@ def test_model_is_causal_and_sees_exactly_its_receptive_field(name):
         assert touched.min() == 31 - model.receptive_field
 
 
+@pytest.mark.parametrize("name", model_names())
+def test_cache_stops_growing_so_that_a_step_of_generation_has_constant_cost(name):
+    model, sizes = small_model(name, PIANO), []
+    cache = model.init_cache(2)
+    for piece in torch.randn(3, 2, 21, 5):
+        cache = model.advance(piece, cache)[1]
+        sizes.append([part.shape for part in cache])
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
 def test_attention_without_a_window_sees_all_that_came_before():
     model = small_model("transformer", PIANO, window=None)
     assert model.receptive_field is None

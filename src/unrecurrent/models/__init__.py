@@ -47,8 +47,8 @@ _WHERE = {
     "ngram-lstm": ("ngram_lstm", "NgramLSTM"),
 }
 
-SIZES = {"hidden_size", "layers", "cycles", "kernel_size", "k", "embedding_size", "input_kernel"}
-SIZES |= {"heads", "head_size", "window"}
+SIZES = {"hidden_size", "layers", "kernel_size", "k", "embedding_size", "input_kernel"}
+SIZES |= {"cycles", "heads", "head_size", "window"}
 #: sizes that may be `None`, which is no limit
 UNLIMITED = {"window"}
 SHARES = {"dropout", "input_dropout", "rate"}
