@@ -118,10 +118,11 @@ def test_gradients_agree_between_pieces_and_whole(name):
 
 
 @pytest.mark.parametrize("name", model_names())
-def test_model_survives_deepcopy_and_pickle(name):
-    model = small_model(name, PIANO)
+def test_model_survives_deepcopy_pickle_and_state_dict(name):
+    model, loaded = small_model(name, PIANO), small_model(name, PIANO)
+    loaded.load_state_dict(model.state_dict())
     inputs = torch.randn(2, 6, 5)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert torch.equal(twin(inputs), model(inputs))
         twin.project()
         assert torch.equal(model(inputs), model(inputs))
