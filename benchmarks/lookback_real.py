@@ -9,10 +9,9 @@ Trainings are kept below runs/, so that a second call resumes or reuses them.
 import math
 import sys
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
-from markup import text
+from markup import Box, LogAxes, drawing, text
 from unrecurrent.files import write_text
 from unrecurrent.lookback import Lookback, look_back
 from unrecurrent.records import read_records, write_records
@@ -30,25 +29,6 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 LINES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 
 
-class Axes:
-    """Where a window length and a relative loss lie on the drawing, both logarithmic."""
-
-    def __init__(self, ks: Sequence[float], losses: Sequence[float]):
-        self.first, self.last = min(ks), max(ks)
-        self.low, self.high = math.log(0.97 * min(losses)), math.log(1.03 * max(losses))
-
-    def x(self, k: float) -> float:
-        share = math.log(k / self.first) / math.log(self.last / self.first)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, loss: float) -> float:
-        share = (math.log(loss) - self.low) / (self.high - self.low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    def path(self, points: Sequence[tuple[float, float]]) -> str:
-        return "M" + " L".join(f"{self.x(k):.1f},{self.y(loss):.1f}" for k, loss in points)
-
-
 def figure(found: Lookback) -> str:
     """Return the truncation curve and the models that check it as one SVG drawing, all relative to k*."""
     ks = [k for k, *_ in found.profile.curve]
@@ -58,7 +38,9 @@ def figure(found: Lookback) -> str:
     checks = {"window": (ORANGE, points(found, "window")), "tcn": (GREEN, points(found, "tcn"))}
     every = [*curve, *(p for _, ps in checks.values() for p in ps)]
     edges = [edge / level for _, _, *ends in found.profile.curve for edge in ends]
-    axes = Axes([k for k, _ in every], [*(loss for _, loss in every), *edges])
+    losses, seen = [*(loss for _, loss in every), *edges], [k for k, _ in every]
+    box = Box(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
+    axes = LogAxes(box, (min(seen), max(seen)), (0.97 * min(losses), 1.03 * max(losses)))
     band = [(k, low / level) for k, _, low, _ in found.profile.curve]
     band += [(k, high / level) for k, _, _, high in reversed(found.profile.curve)]
     drawn = [
@@ -72,12 +54,7 @@ def figure(found: Lookback) -> str:
         text(LEFT, 22, f"{found.task.name}: mean squared error, relative to that at k*", size=16),
         text(WIDTH / 2, HEIGHT - 12, "steps seen", anchor="middle"),
     ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif"'
-        f' role="img" aria-label="{escape(found.text)}"><rect width="100%" height="100%" fill="white"/>\n'
-        + "\n".join(drawn)
-        + "\n</svg>\n"
-    )
+    return drawing(WIDTH, HEIGHT, drawn, found.text)
 
 
 def points(found: Lookback, name: str) -> list[tuple[float, float]]:
@@ -89,7 +66,7 @@ def points(found: Lookback, name: str) -> list[tuple[float, float]]:
     return sorted((float(m.reach or 1), m.mean("test") / level) for m in models)
 
 
-def grid(axes: Axes) -> list[float]:
+def grid(axes: LogAxes) -> list[float]:
     """Return the round losses on the chart that are far enough apart."""
     kept: list[float] = []
     for loss in (line for line in LINES if axes.low <= math.log(line) <= axes.high):
@@ -98,19 +75,19 @@ def grid(axes: Axes) -> list[float]:
     return kept
 
 
-def grid_line(axes: Axes, loss: float) -> str:
+def grid_line(axes: LogAxes, loss: float) -> str:
     y = axes.y(loss)
     line = f'<path d="M{LEFT},{y:.1f} H{WIDTH - RIGHT}" stroke="#ddd"/>'
     return line + text(LEFT - 8, y + 4, f"{loss:g}", anchor="end")
 
 
-def tick(axes: Axes, k: int) -> str:
+def tick(axes: LogAxes, k: int) -> str:
     x = axes.x(k)
     line = f'<path d="M{x:.1f},{HEIGHT - BOTTOM} v6" stroke="black"/>'
     return line + text(x, HEIGHT - BOTTOM + 20, f"{k:,}", anchor="middle")
 
 
-def window_mark(axes: Axes, found: Lookback) -> str:
+def window_mark(axes: LogAxes, found: Lookback) -> str:
     if found.window is None:
         return text(WIDTH - RIGHT, TOP - 8, f"k* is more than {found.task.longest}", anchor="end")
     low, high = found.band[0] or found.window, found.band[1] or axes.last
@@ -123,7 +100,7 @@ def window_mark(axes: Axes, found: Lookback) -> str:
     return shade + line + text(min(x, WIDTH - 155), TOP - 8, label, anchor="middle")
 
 
-def marks(axes: Axes, colour: str, ps: Sequence[tuple[float, float]]) -> str:
+def marks(axes: LogAxes, colour: str, ps: Sequence[tuple[float, float]]) -> str:
     line = f'<path d="{axes.path(ps)}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="2 3"/>'
     circle = '<circle cx="{:.1f}" cy="{:.1f}" r="6" fill="{}"/>'
     return line + "".join(circle.format(axes.x(k), axes.y(loss), colour) for k, loss in ps)

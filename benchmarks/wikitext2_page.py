@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from markup import MISSING, table, text
+from markup import MISSING, drawing, table, text
 from unrecurrent.records import Record, read_records
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "wikitext-2"
@@ -171,7 +171,4 @@ def figure() -> str | None:
     for model, mean in marks.items():
         drawn.append(f'<path d="M{LEFT},{y(mean):.1f} H{WIDTH - RIGHT}" stroke="#444" stroke-dasharray="5 4"/>')
         drawn.append(text(WIDTH - RIGHT + 10, y(mean) + 4, f"{model} {mean:.0f}"))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">'
-        '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(drawn) + "\n</svg>\n"
-    )
+    return drawing(WIDTH, HEIGHT, drawn)

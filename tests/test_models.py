@@ -16,6 +16,9 @@ SMALL = {
     "window": {"hidden_size": 5, "k": 3},
     "tcn": {"hidden_size": 5, "layers": 2, "kernel_size": 3},
     "gated-conv": {"hidden_size": 5, "layers": 3, "kernel_size": 3},
+    "wavenet": {"hidden_size": 5, "layers": 2, "cycles": 2, "kernel_size": 3},
+    "transformer": {"hidden_size": 5, "layers": 2, "heads": 3, "head_size": 2, "window": 4},
+    "ngram-lstm": {"hidden_size": 5, "layers": 2, "k": 6},
 }
 
 
@@ -43,6 +46,9 @@ def views():
     for name in WITH_FRONT:
         yield pytest.param(name, TEXT, {"input_kernel": 3}, id=f"{name}-front")
         yield pytest.param(name, PIANO, {"input_kernel": 2}, id=f"{name}-front-features")
+    for window in (None, 1, 30):  # 30: longer than a piece of 17, shorter than two
+        yield pytest.param("transformer", TEXT, {"window": window}, id=f"transformer-window-{window}")
+    yield pytest.param("ngram-lstm", TEXT, {"k": 30}, id="ngram-lstm-30")
 
 
 @pytest.mark.parametrize(("name", "interface", "extra"), list(views()))
@@ -77,6 +83,24 @@ def test_model_is_causal_and_sees_exactly_its_receptive_field(name):
 
 
 @pytest.mark.parametrize("name", model_names())
+def test_cache_stops_growing_so_that_a_step_of_generation_has_constant_cost(name):
+    model, sizes = small_model(name, PIANO), []
+    cache = model.init_cache(2)
+    for piece in torch.randn(3, 2, 21, 5):
+        cache = model.advance(piece, cache)[1]
+        sizes.append([part.shape for part in cache])
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_attention_without_a_window_sees_all_that_came_before():
+    model = small_model("transformer", PIANO, window=None)
+    assert model.receptive_field is None
+    inputs = torch.randn(1, 40, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(inputs)[0, 30].square().sum(), inputs)
+    assert gradient[0].abs().sum(1).nonzero().flatten().tolist() == list(range(31))
+
+
+@pytest.mark.parametrize("name", model_names())
 def test_gradients_agree_between_pieces_and_whole(name):
     inputs = torch.randn(2, 13, 5)
     gradients = []
@@ -94,10 +118,11 @@ def test_gradients_agree_between_pieces_and_whole(name):
 
 
 @pytest.mark.parametrize("name", model_names())
-def test_model_survives_deepcopy_and_pickle(name):
-    model = small_model(name, PIANO)
+def test_model_survives_deepcopy_pickle_and_state_dict(name):
+    model, loaded = small_model(name, PIANO), small_model(name, PIANO)
+    loaded.load_state_dict(model.state_dict())
     inputs = torch.randn(2, 6, 5)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert torch.equal(twin(inputs), model(inputs))
         twin.project()
         assert torch.equal(model(inputs), model(inputs))
@@ -187,3 +212,21 @@ def test_tied_words_share_one_table_and_need_the_same_symbols():
     assert narrower.readout.weight is narrower.embedding.weight
     with pytest.raises(InputError, match="same symbols"):
         small_model("lstm", PIANO, tied=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("wavenet", {"cycles": 0}, "cycles of 'wavenet' must be a whole number"),
+        ("wavenet", {"layers": 40}, "choose fewer layers"),
+        ("transformer", {"heads": 1.5}, "heads of 'transformer' must be a whole number"),
+        ("transformer", {"head_size": 3}, "head_size must be even"),
+        ("transformer", {"window": 0}, "window of 'transformer' must be a whole number"),
+        ("transformer", {"heads": None}, "heads of 'transformer' must be a whole number"),
+        ("ngram-lstm", {"k": 0}, "k of 'ngram-lstm' must be a whole number"),
+        ("ngram-lstm", {"window": None}, "has no setting 'window'"),
+    ],
+)
+def test_bad_settings_get_one_sentence(name, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        build_model(name, PIANO, settings)

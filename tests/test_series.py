@@ -270,7 +270,9 @@ def test_the_season_is_found_and_chosen_on_the_training_part(tmp_path):
     assert only.test == pytest.approx(1, rel=0.2)
 
 
-@pytest.mark.parametrize("model", ["rnn", "lstm", "gru", "window", "tcn", "gated-conv"])
+@pytest.mark.parametrize(
+    "model", ["rnn", "lstm", "gru", "window", "tcn", "gated-conv", "wavenet", "transformer", "ngram-lstm"]
+)
 def test_every_model_has_a_recipe_and_a_width(model, load_file):
     task = get_task(series_name(load_file, target="load", horizon=3))
     recipe = find_recipe(task, model, epochs=1)

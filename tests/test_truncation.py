@@ -66,6 +66,21 @@ def test_step_view_gives_the_same_numbers(module):
     assert feedforward.receptive_field == 6
 
 
+@pytest.mark.parametrize("piece", [4, 17])  # fewer steps than windows, and more
+def test_pieces_give_the_same_numbers_and_gradients(module, piece):
+    module = module.double()
+    feedforward, x = truncate(module, 6), torch.randn(63, 2, 3, dtype=torch.float64)
+    cache, outputs = feedforward.init_cache(2), []
+    for part in x.split(piece):
+        y, cache = feedforward.advance(part, cache)
+        outputs.append(y)
+    whole = feedforward(x)
+    torch.testing.assert_close(torch.cat(outputs), whole, atol=1e-10, rtol=0)
+    wanted = torch.autograd.grad(whole.square().sum(), module.parameters())
+    got = torch.autograd.grad(torch.cat(outputs).square().sum(), module.parameters())
+    torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
+
+
 def test_layouts():
     module = nn.GRU(3, 5, batch_first=True)
     x = torch.randn(2, 20, 3)

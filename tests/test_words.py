@@ -140,7 +140,7 @@ def test_a_long_corpus_is_mapped_and_not_held(home):
     assert len(targets) == len(text.split()) + text.count("\n")
 
 
-@pytest.mark.parametrize("name", ["lstm", "mingru", "window"])
+@pytest.mark.parametrize("name", ["lstm", "mingru", "window", "transformer", "ngram-lstm"])
 def test_memory_is_measured_by_perplexity_without_all_logits(home, name):
     """Features stand in for logits: the losses are the model's, and k* is about the exponential of their mean."""
     task = get_task("ptb", data_dir=home)
@@ -156,7 +156,18 @@ def test_memory_is_measured_by_perplexity_without_all_logits(home, name):
     assert math.exp(means[k] - profile.full) <= 1.01
 
 
-@pytest.mark.parametrize("name", ["mingru", "certified-lstm-plain", "certified-lstm-coupled", "tcn"])
+WITH_RECIPES = [
+    "mingru",
+    "certified-lstm-plain",
+    "certified-lstm-coupled",
+    "tcn",
+    "wavenet",
+    "transformer",
+    "ngram-lstm",
+]
+
+
+@pytest.mark.parametrize("name", WITH_RECIPES)
 def test_every_model_has_a_recipe_for_words(home, name):
     task = get_task("ptb", data_dir=home)
     recipe = find_recipe(task, name)

@@ -46,13 +46,13 @@ def measure_speed(
     score = _typical(list(scored_batches(task, task.load("valid"))))
     sampler = word_sampler(task, task.load("train"), training)
     timers = {
-        name: _timers(copy.deepcopy(model), task, train, score, training, sampler) for name, model in models.items()
+        name: timers_of(copy.deepcopy(model), task, train, score, training, sampler) for name, model in models.items()
     }
     seconds: dict[str, list[list[float]]] = {name: [[], [], []] for name in models}
     for turn in range(rounds + 1):
         for name, calls in timers.items():
             for kept, call in zip(seconds[name], calls, strict=True):
-                took = _timed(call)
+                took = timed(call)
                 if turn > 0:
                     kept.append(took)
     steps = (train.steps, score.steps, GENERATED_STEPS)
@@ -66,7 +66,8 @@ def _typical(batches: Sequence[Batch]) -> Batch:
     return sorted(batches, key=lambda batch: batch.inputs.shape[1])[len(batches) // 2]
 
 
-def _timed(call: Callable[[], None]) -> float:
+def timed(call: Callable[[], None]) -> float:
+    """Return the seconds a call takes."""
     began = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -74,13 +75,13 @@ def _timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _timers(
+def timers_of(
     model: SequenceModel,
     task: Task,
     train: Batch,
     score: Batch,
     training: TrainingConfig,
-    sampler: WordSampler | None,
+    sampler: WordSampler | None = None,
 ) -> tuple[Callable[[], None], ...]:
     """Return what is timed: one training step, one scoring pass, a few steps of generation."""
     train, score = train.to(model.device), score.to(model.device)

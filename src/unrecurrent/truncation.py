@@ -31,8 +31,8 @@ class Truncated(nn.Module):
     """A recurrent stack without recurrence: y_t = h_t of the last layer, started from zeros k inputs back.
 
     Made by `truncate`. It shares the parameters of `module`, so training one trains the other. `receptive_field` is k.
-    Two views give the same numbers: `forward` on whole sequences, `init_cache` and `step` on one input after the other
-    (a batch of k partial windows advances by one step, so that each input is read once).
+    Three views give the same numbers: `forward` on whole sequences; from `init_cache`, which is k partial windows, so
+    that each input is read once, `advance` on their pieces and `step` on one input after the other.
     """
 
     def __init__(self, module: nn.Module, k: int) -> None:
@@ -51,47 +51,63 @@ class Truncated(nn.Module):
         """Outputs (T, B, H) for inputs (T, B, D); (B, T, ·) with `batch_first`, (T, ·) without a batch."""
         self._check(x)
         if x.dim() == 2:
-            return self._windows(x[:, None]).squeeze(1)
-        return self._windows(x.transpose(0, 1)).transpose(0, 1) if self.batch_first else self._windows(x)
+            return self._advance(x[:, None], self.init_cache(1))[0].squeeze(1)
+        return self.advance(x, self.init_cache(x.shape[0 if self.batch_first else 1]))[0]
 
-    def _check(self, x: Tensor) -> None:
+    def advance(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
+        """Outputs for one more piece of the sequences, (T, B, D) or with `batch_first` (B, T, D), and the new cache."""
+        self._check(x, dims=(3,))
+        if not self.batch_first:
+            return self._advance(x, cache)
+        y, cache = self._advance(x.transpose(0, 1), cache)
+        return y.transpose(0, 1), cache
+
+    def _check(self, x: Tensor, dims: tuple[int, ...] = (2, 3)) -> None:
         refuse_dropout(self.module)
         width = self.module.input_size
-        if x.dim() not in (2, 3) or x.shape[-1] != width or not x.numel():
+        if x.dim() not in dims or x.shape[-1] != width or not x.numel():
             raise InputError(f"x has shape {tuple(x.shape)}: give (T, B, {width}) or (T, {width}), not empty")
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """All windows at once, or in blocks that bound the memory; a block's inputs start k - 1 before its outputs."""
-        before = self.receptive_field - 1
-        drive = nn.functional.pad(self._drive(0, x), (0, 0, 0, 0, before, 0))
+    def _advance(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
+        """All steps at once, or in blocks that bound the memory."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._block(drive, self._real(0, drive.shape[0], drive))
-        count = max(1, _BLOCK_NUMBERS // drive[0].numel())
-        blocks = []
-        for begin in range(0, len(x), count):
-            part = drive[begin : begin + count + before]
-            real = self._real(begin, len(part), drive) if begin < before else None
+            return self._read(x, cache)
+        count = max(1, _BLOCK_NUMBERS // (x.shape[1] * _weight(self.module, "weight_ih", 0).shape[0]))
+        outputs = []
+        for part in x.split(count):
+            read = self._read if len(part) >= self.receptive_field else self._read_stepwise
             if torch.is_grad_enabled() and len(x) > count:  # keep one block's steps in memory, not all
-                blocks.append(checkpoint(self._block, part, real, use_reentrant=False))
+                y, cache = checkpoint(read, part, cache, use_reentrant=False)
             else:
-                blocks.append(self._block(part, real))
-        return torch.cat(blocks)
+                y, cache = read(part, cache)
+            outputs.append(y)
+        return torch.cat(outputs), cache
 
-    def _real(self, begin: int, count: int, like: Tensor) -> Tensor:
-        """1 where a position is one of the sequence, 0 where it is padding before it; (count, 1, 1)."""
-        positions = torch.arange(count, device=like.device) + begin
-        return (positions >= self.receptive_field - 1).to(like.dtype)[:, None, None]
+    def _read(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
+        """k passes over all steps: in pass i, row t is the state of the i inputs before t, and reads input t.
 
-    def _block(self, drive: Tensor, real: Tensor | None) -> Tensor:
-        """Outputs of the windows that lie in a padded stretch of drives (windows + k - 1, B, ·)."""
-        k = self.receptive_field
-        windows = drive.shape[0] - k + 1
-        states = self._zeros(drive[:windows])
-        for age in range(k):
-            states = self._step(drive[age : age + windows], states)
-            if real is not None:  # padding leaves the state at zero
-                states = [tuple(part * real[age : age + windows] for part in state) for state in states]
-        return states[-1][-1]
+        The rows move on by one between passes; the one that comes in is the cached window of the i inputs before x.
+        """
+        drive = self._drive(0, x)
+        states, after = self._zeros(drive), []
+        for age in range(self.receptive_field):
+            after.append([tuple(part[-1] for part in state) for state in states])
+            before = [tuple(part[age : age + 1] for part in state) for state in cache]
+            states = [
+                tuple(torch.cat([first, part])[:-1] for first, part in zip(*pair, strict=True))
+                for pair in zip(before, states, strict=True)
+            ]
+            states = self._step(drive, states)
+        layers = zip(*after, strict=True)
+        return states[-1][-1], [tuple(torch.stack(parts) for parts in zip(*layer, strict=True)) for layer in layers]
+
+    def _read_stepwise(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
+        """The same in as many passes as there are steps, each over all k windows."""
+        outputs = []
+        for x_t in x:
+            y_t, cache = self.step(x_t, cache)
+            outputs.append(y_t)
+        return torch.stack(outputs), cache
 
     def _zeros(self, drive: Tensor) -> list[State]:
         part = drive.new_zeros(*drive.shape[:-1], self.hidden_size)
@@ -122,9 +138,10 @@ class Truncated(nn.Module):
     def step(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
         """The output (B, H) after one more input (B, D), and the new cache: each window grows by x, the oldest goes."""
         refuse_dropout(self.module)
-        older = [tuple(nn.functional.pad(part[:-1], (0, 0, 0, 0, 1, 0)) for part in state) for state in cache]
-        cache = self._step(self._drive(0, x), older)
-        return cache[-1][-1][-1], cache
+        states = self._step(self._drive(0, x), cache)
+        return states[-1][-1][-1], [
+            tuple(nn.functional.pad(part[:-1], (0, 0, 0, 0, 1, 0)) for part in state) for state in states
+        ]
 
 
 def truncate(module: nn.Module, k: int) -> Truncated:

@@ -42,9 +42,15 @@ _WHERE = {
     "window": ("window", "Window"),
     "tcn": ("tcn", "TCN"),
     "gated-conv": ("gated_conv", "GatedConv"),
+    "wavenet": ("wavenet", "WaveNet"),
+    "transformer": ("transformer", "Transformer"),
+    "ngram-lstm": ("ngram_lstm", "NgramLSTM"),
 }
 
 SIZES = {"hidden_size", "layers", "kernel_size", "k", "embedding_size", "input_kernel"}
+SIZES |= {"cycles", "heads", "head_size", "window"}
+#: sizes that may be `None`, which is no limit
+UNLIMITED = {"window"}
 SHARES = {"dropout", "input_dropout", "rate"}
 FLAGS = {"tied"}
 #: widths are found by building models, so that the count must fit in memory a few times over
@@ -95,6 +101,8 @@ def build_model(name: str, interface: Interface, settings: Settings) -> Sequence
 
 def _check_setting(name: str, key: str, value: object) -> None:
     """Refuse a setting that no model can have: sizes are whole numbers, shares lie between 0 and 1."""
+    if value is None and key in UNLIMITED:
+        return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in SIZES and not (isinstance(value, int) and number and value >= 1):
         raise InputError(f"{key} of {name!r} must be a whole number of at least 1, not {value!r}")

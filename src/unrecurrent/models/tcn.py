@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from unrecurrent.models.causal_conv import CausalConv1d
+from unrecurrent.models.causal_conv import CausalConv1d, empty_queues
 from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
 
 
@@ -45,7 +45,7 @@ class TCN(SequenceModel):
         self.receptive_field = 1 + 2 * (kernel_size - 1) * (2**layers - 1)
 
     def init_cache(self, batch: int) -> Cache:
-        return tuple(c.queue(batch) for c in self.modules() if isinstance(c, CausalConv1d))
+        return empty_queues(self, batch)
 
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         x, after = encoded.transpose(1, 2), []

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from unrecurrent.models.causal_conv import CausalConv1d
+from unrecurrent.models.causal_conv import CausalConv1d, empty_queues
 from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
 
 
@@ -31,7 +31,7 @@ class Window(SequenceModel):
         self.receptive_field = k
 
     def init_cache(self, batch: int) -> Cache:
-        return (self.window.queue(batch),)
+        return empty_queues(self, batch)
 
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         hidden, queue = self.window(encoded.transpose(1, 2), cache[0])
