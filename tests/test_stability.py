@@ -675,3 +675,52 @@ def test_large_drives_cancel_without_breaking_the_rate(kind, fast, monkeypatch):
         module = kind(3, 16)
         constraint = stabilize(module, rate=0.9, inputs=1e6 * torch.randn(200, 3))
         assert constraint.certificate().rate <= 0.9
+
+
+HALF_LAYERS = {
+    **{kind: lambda kind=kind: make(kind, 3, 9) for kind in KINDS},
+    "paper": lambda: nn.LSTM(3, 9),
+    "StableRNN": lambda: StableRNN(3, 9),
+    "StableGRU": lambda: StableGRU(3, 9),
+    "StableLSTM": lambda: StableLSTM(3, 9),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "stated"), [*((kind, "input_bound") for kind in HALF_LAYERS), *((kind, "embedding") for kind in KINDS[1:])]
+)
+def test_every_layer_trains_in_half_precision_and_keeps_its_rate(kind, stated, dtype):
+    torch.manual_seed(0)
+    layer = large(HALF_LAYERS[kind]()).to(dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    inputs = {stated: 1.0 if stated == "input_bound" else nn.Embedding(20, 3, dtype=dtype)}
+    if kind in KINDS:
+        constraint = hold(kind, layer, optimizer=optimizer, **inputs)
+    elif kind == "paper":
+        constraint = stabilize(layer, method="miller-hardt", optimizer=optimizer, **inputs)
+    for _ in range(17):
+        x = (torch.rand(6, 4, 3) * 2 - 1).to(dtype)
+        (-(layer(x)[0].float() ** 2).sum()).backward()
+        optimizer.step()
+    if kind.startswith("Stable"):
+        certificate = certify(layer.eval(), input_bound=1.0)
+    else:
+        constraint.project()
+        certificate = constraint.certificate()
+    assert certificate.stable
+    assert certificate.rate <= (1.0 if kind in ("paper", "rnn", "StableRNN") else 0.98)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, StableGRU, StableLSTM, StableRNN])
+def test_weights_that_are_no_numbers_end_in_one_sentence(kind, dtype):
+    layer = kind(3, 8).to(dtype)
+    constraint = stabilize(layer, input_bound=1.0) if kind in (nn.LSTM, nn.GRU) else layer
+    with torch.no_grad():
+        layer.weight_hh_l0[0, 0] = float("nan")
+    with pytest.raises(InputError, match="weights to keep stable have NaN"):
+        constraint.project()
+    if dtype is torch.float16 and kind is not StableRNN:
+        with pytest.raises(InputError, match="lower the learning rate"):
+            constraint.hold() if kind in (nn.LSTM, nn.GRU) else constraint.after_step()
