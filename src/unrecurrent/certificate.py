@@ -88,6 +88,8 @@ def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
     if isinstance(propagator, Stack):
         return _stacked_rate(propagator, [contraction_rate(layer) for layer in propagator.layers])
     known = propagator.known_weights
+    if known is not None and not bool((known.isfinite() & (known > 0)).all()):
+        known = None  # no norm: nothing to begin with
     v = torch.ones(propagator.state_size, dtype=torch.float64) if known is None else known
     best, best_v, floor = math.inf, v, 0.0
     path: list[tuple[Tensor, Tensor]] = []
@@ -250,9 +252,9 @@ class Proof:
             if smallest < start + HORIZON_BLOCK and self._settled(block[-2], e, eps, readout):
                 return smallest
             least, most = self._remaining(e, eps, readout)
-            if least == most:
+            if least == most < math.inf:
                 return start + HORIZON_BLOCK + int(most)
-        return start + HORIZON_BLOCK + int(most)
+        return start + HORIZON_BLOCK + int(most) if most < math.inf else None
 
     def _orbit(self, e: Tensor, count: int) -> Iterator[Tensor]:
         for _ in range(count):
@@ -395,7 +397,7 @@ class Certificate:
         Compares every reachable state with the zero state, as a truncation does; for two arbitrary pasts ask for
         eps / 2. With a readout the change is that of its outputs. It is the smallest k such that the bound stays at or
         below `eps` from the k-th step on. None where nothing is proved, where the state has no bound (a ReLU layer with
-        unbounded inputs), and for a model of several recurrent modules.
+        unbounded inputs) or none that float64 can follow, and for a model of several recurrent modules.
         """
         if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
             raise InputError(f"eps must be a positive number, got {eps!r}")

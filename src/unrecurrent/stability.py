@@ -38,7 +38,7 @@ from unrecurrent.projections import (
     weighted_row_sums,
     write_back_,
 )
-from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_rate, target
+from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_norm, check_rate, target
 from unrecurrent.stable_lstm import StableLSTM
 
 __all__ = ["Constraint", "StableGRU", "StableLSTM", "StableRNN", "stabilize"]
@@ -539,6 +539,8 @@ class Constraint:
         for policy, kept in zip(self._policies, state["memory"], strict=True):
             memory = policy.memory()
             if memory is not None:
+                if isinstance(policy, _Rows):
+                    check_norm(kept, "memory")
                 memory.copy_(kept)
 
     def remove(self) -> None:
@@ -759,6 +761,10 @@ class _SelfKeepingLayer(SelfKeeping):
             if memory is not None and adapted is not None and adapted is not memory:  # its dtype is not the weights'
                 memory.copy_(adapted)
 
+    def _check_loaded(self, name: str, loaded: Tensor) -> None:
+        if not bool(loaded.isfinite().all()):
+            raise InputError(f"{name} has NaN or infinite values: these weights are damaged")
+
     def settle(self) -> None:
         if not self._kept_exactly:
             self.project()
@@ -818,6 +824,10 @@ class StableGRU(_SelfKeepingLayer, nn.GRU):
     def known_norms(self) -> list[Tensor | None]:
         """The norms in which the layers contract, where `certify` begins its search."""
         return [self._memory(k) for k in range(self.num_layers)]
+
+    def _check_loaded(self, name: str, loaded: Tensor) -> None:
+        if name.startswith("kept"):
+            check_norm(loaded, name)
 
     def _policies(self) -> list[_Policy]:
         between = _bound_between(self, 1.0)

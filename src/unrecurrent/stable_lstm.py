@@ -16,7 +16,7 @@ from unrecurrent import kernels, onednn
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import ScaledGate, fit_norm_, hold_rows_
 from unrecurrent.projections import check_finite, widened
-from unrecurrent.self_keeping import SelfKeeping, check_rate, target
+from unrecurrent.self_keeping import SelfKeeping, check_norm, check_rate, target
 
 # The ceilings F̄ of a layer leave the candidate's rows between these shares of the rate: (λ − F̄) / (1 − F̄) = share · λ.
 CEILING_SHARES = (0.25, 0.75)
@@ -284,9 +284,13 @@ class StableLSTM(SelfKeeping):
             rows.append((self.get_parameter(f"weight_hh_l{k}"), ScaledGate(target(self.rate), ceiling), norm))
         return rows
 
-    def _check_loaded(self) -> None:
-        for k in range(self.num_layers):
-            if float(self.get_buffer(f"forget_ceiling_l{k}").max()) >= self.rate:
+    def _check_loaded(self, name: str, loaded: Tensor) -> None:
+        if name.startswith("norm"):
+            check_norm(loaded, name)
+        elif name.startswith("forget_ceiling"):
+            if not bool((loaded >= 0).all()):
+                raise InputError(f"{name} must hold ceilings of at least 0: these weights are damaged")
+            if float(loaded.max()) >= target(self.rate):
                 raise InputError(f"these weights belong to a StableLSTM of a higher rate than {self.rate}: use theirs")
 
     def _project(self) -> None:
