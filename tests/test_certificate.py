@@ -249,6 +249,32 @@ def test_a_near_one_layer_does_not_spoil_the_stack() -> None:
     assert certify(module).stable
 
 
+@pytest.mark.parametrize(
+    ("size", "layers", "diagonal", "within"), [(6, 3, 0.0, 1e-5), (6, 20, 0.0, 0.1), (48, 3, 0.5, 0.6)]
+)
+def test_a_stack_of_layers_with_weights_far_apart_is_certified(size, layers, diagonal, within) -> None:
+    """Of a triangular W the weights of the norm lie hundreds of decades apart, those of the stack further still."""
+    module = nn.RNN(2, size, layers)
+    with torch.no_grad():
+        for number in range(layers):
+            getattr(module, f"weight_hh_l{number}").copy_(torch.randn(size, size).triu(1) + diagonal * torch.eye(size))
+    certificate = certify(module, method="componentwise")
+    assert certificate.rate <= within
+    v = certificate.proofs[0].weights
+    moved = certificate.propagate(v)
+    assert bool((v > 0).all() and moved.isfinite().all() and (moved <= certificate.rate * (1 + 1e-12) * v).all())
+    assert certificate.horizon(0.01) > size
+
+
+def test_the_reason_is_the_one_that_applies() -> None:
+    module = nn.RNN(2, 3).double()
+    with torch.no_grad():
+        module.weight_hh_l0.fill_(1e308)
+    (reason,) = certify(module, method="componentwise").reasons
+    assert "range of float64" in reason
+    assert "gate" not in reason
+
+
 def test_without_input_bounds_gates_can_come_close_to_one() -> None:
     free = certify(nn.LSTM(D, 4))
     assert not free.stable

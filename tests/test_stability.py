@@ -681,3 +681,97 @@ def test_large_drives_cancel_without_breaking_the_rate(kind, fast, monkeypatch):
         module = kind(3, 16)
         constraint = stabilize(module, rate=0.9, inputs=1e6 * torch.randn(200, 3))
         assert constraint.certificate().rate <= 0.9
+
+
+HALF_LAYERS = {
+    **{kind: lambda kind=kind: make(kind, 3, 9) for kind in KINDS},
+    "paper": lambda: nn.LSTM(3, 9),
+    "StableRNN": lambda: StableRNN(3, 9),
+    "StableGRU": lambda: StableGRU(3, 9),
+    "StableLSTM": lambda: StableLSTM(3, 9),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "stated"), [*((kind, "input_bound") for kind in HALF_LAYERS), *((kind, "embedding") for kind in KINDS[1:])]
+)
+def test_every_layer_trains_in_half_precision_and_keeps_its_rate(kind, stated, dtype):
+    torch.manual_seed(0)
+    layer = large(HALF_LAYERS[kind]()).to(dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    inputs = {stated: 1.0 if stated == "input_bound" else nn.Embedding(20, 3, dtype=dtype)}
+    if kind in KINDS:
+        constraint = hold(kind, layer, optimizer=optimizer, **inputs)
+    elif kind == "paper":
+        constraint = stabilize(layer, method="miller-hardt", optimizer=optimizer, **inputs)
+    for _ in range(17):
+        x = (torch.rand(6, 4, 3) * 2 - 1).to(dtype)
+        (-(layer(x)[0].float() ** 2).sum()).backward()
+        optimizer.step()
+    if kind.startswith("Stable"):
+        certificate = certify(layer.eval(), input_bound=1.0)
+    else:
+        constraint.project()
+        certificate = constraint.certificate()
+    assert certificate.stable
+    assert certificate.rate <= (1.0 if kind in ("paper", "rnn", "StableRNN") else 0.98)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, StableGRU, StableLSTM, StableRNN])
+def test_weights_that_are_no_numbers_end_in_one_sentence(kind, dtype):
+    layer = kind(3, 8).to(dtype)
+    constraint = stabilize(layer, input_bound=1.0) if kind in (nn.LSTM, nn.GRU) else layer
+    with torch.no_grad():
+        layer.weight_hh_l0[0, 0] = float("nan")
+    with pytest.raises(InputError, match="weights to keep stable have NaN"):
+        constraint.project()
+    if dtype is torch.float16 and kind is not StableRNN:
+        with pytest.raises(InputError, match="lower the learning rate"):
+            constraint.hold() if kind in (nn.LSTM, nn.GRU) else constraint.after_step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("forget_ceiling_l0", value) for value in (-5.0, 0.98, float("nan"), float("inf"))),
+        *(("norm_l0", value) for value in (-1.0, 0.0, float("nan"), float("inf"))),
+    ],
+)
+def test_states_no_layer_can_have_are_refused_and_nothing_is_loaded(name, value):
+    layer = StableLSTM(3, 8)
+    state, before = layer.state_dict(), copy.deepcopy(layer.state_dict())
+    state[name] = torch.full_like(state[name], value)
+    state["weight_hh_l0"] = 100 * state["weight_hh_l0"]
+    with pytest.raises(InputError):
+        layer.load_state_dict(state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())
+
+
+def test_no_norm_that_is_none_is_loaded():
+    gru, rnn = StableGRU(3, 8), StableRNN(3, 8)
+    for layer, value in ((gru, -1.0), (gru, float("nan")), (rnn, float("nan"))):
+        with pytest.raises(InputError, match="kept_l0"):
+            layer.load_state_dict({**layer.state_dict(), "kept_l0": torch.full_like(layer.kept_l0, value)})
+    constraint = stabilize(nn.GRU(3, 8), input_bound=1.0)
+    with pytest.raises(InputError, match="numbers above 0"):
+        constraint.load_state_dict({"steps": 0, "memory": [torch.zeros(1, 8)]})
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1e-320])
+def test_certificates_do_not_rely_on_a_norm_that_is_none(value):
+    layer = StableLSTM(3, 8)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(100)
+        layer.norm_l0.fill_(value)
+    certificate = certify(layer)
+    assert not certificate.stable
+    assert certificate.rate > 1
+    layer.norm_l0.fill_(float("nan"))
+    with pytest.raises(InputError, match="norm_l0"):
+        certify(layer)
+    layer = StableLSTM(3, 8)
+    layer.forget_ceiling_l0.fill_(-5.0)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        certify(layer)

@@ -629,6 +629,8 @@ class ScaledGateLSTMCell(DenseCell):
         inputs: InputSet | None = None,
         start: Interval | None = None,
     ) -> None:
+        if not bool(((forget_ceiling >= 0) & (forget_ceiling <= 1)).all()):
+            raise InputError("forget ceilings lie between 0 and 1: give a layer, or forget_ceiling, that keeps to that")
         self.ceiling = _float64(forget_ceiling).clamp_min(TINY)
         super().__init__(weight_ih, weight_hh, bias_ih, bias_hh, inputs=inputs, start=start)
 
@@ -910,15 +912,15 @@ def find_recurrent(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def check_recurrent(layer: nn.Module, name: str = "") -> None:
-    """Raise `InputError` with one sentence if the layer is bidirectional, projected, or its weights are not finite."""
+    """Raise `InputError` in one sentence for a layer that is bidirectional, projected, or holds numbers not finite."""
     label = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
     if getattr(layer, "bidirectional", False):
         raise InputError(f"{label} is bidirectional, so its outputs depend on the future: give a one-directional layer")
     if getattr(layer, "proj_size", 0):
         raise InputError(f"{label} has proj_size={layer.proj_size}: give an LSTM without a projection")
-    for parameter, value in layer.named_parameters():
+    for tensor, value in (*layer.named_parameters(), *layer.named_buffers()):
         if not value.isfinite().all():
-            raise InputError(f"{label} has NaN or infinite values in {parameter}: give a module with finite weights")
+            raise InputError(f"{label} has NaN or infinite values in {tensor}: give a module with finite weights")
 
 
 def build_cells(

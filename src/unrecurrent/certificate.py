@@ -59,6 +59,10 @@ POLISH_STEPS = 8
 # States up to this size get this many steps instead, which still take no time.
 POLISH_SMALL = 64
 POLISH_SPREAD = 1e-30
+# No weight is smaller than this, so that the products behind T(v) stay far from the smallest numbers of float64.
+LEAST_WEIGHT = 1e-250
+# Where the weights of a stack's layers are too far apart for float64, these powers of them are tried.
+STACK_POWERS = (1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.05, 0)
 TINY = 1e-300
 # Horizon: iterate at most this often, this many steps at a time, then extrapolate with the rate.
 HORIZON_STEPS = 10_000
@@ -88,6 +92,8 @@ def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
     if isinstance(propagator, Stack):
         return _stacked_rate(propagator, [contraction_rate(layer) for layer in propagator.layers])
     known = propagator.known_weights
+    if known is not None and not bool((known.isfinite() & (known >= LEAST_WEIGHT)).all()):
+        known = None  # no norm: nothing to begin with
     v = torch.ones(propagator.state_size, dtype=torch.float64) if known is None else known
     best, best_v, floor = math.inf, v, 0.0
     path: list[tuple[Tensor, Tensor]] = []
@@ -142,7 +148,7 @@ def _polished(propagator: Propagator, best: float, v: Tensor) -> tuple[float, Te
 
 
 def _normalised(v: Tensor) -> Tensor:
-    return (v / v.max()).clamp_min(TINY)
+    return (v / v.max()).clamp_min(LEAST_WEIGHT)
 
 
 def _extrapolated(path: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -157,23 +163,53 @@ def _extrapolated(path: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def _stacked_rate(stack: Stack, parts: Sequence[tuple[float, Tensor]]) -> tuple[float, Tensor]:
     """Rate of a stack from those of its layers: T is block-triangular, so it is as good as its worst layer.
 
-    The weights of each layer are scaled up until what the layer below sends into it, T_l(0, e), is negligible beside
-    them; T_l(v, e) ≤ T_l(v, 0) + T_l(0, e) because T is a maximum of linear maps.
+    The weights of a layer may be so far apart that those of the stack would overflow. Then they are moved together, to
+    powers v^p, which costs each layer some of its rate: of the powers tried the best is kept.
     """
     worst = max(rate for rate, _ in parts)
+    best, best_v = math.inf, torch.ones(stack.state_size, dtype=torch.float64)
     if not math.isfinite(worst):
-        return math.inf, torch.ones(stack.state_size, dtype=torch.float64)
-    negligible = 1e-6 * (abs(1 - worst) + 1e-6)
-    weights: list[Tensor] = []
+        return best, best_v
+    negligible = _negligible(worst)
+    for power in STACK_POWERS:
+        nearer = [v**power for _, v in parts]
+        rates = [rate for rate, _ in parts] if power == 1 else list(map(_ratio_bound, stack.layers, nearer))
+        v = _scaled_up(stack, rates, nearer, 1.0 if power == 1 else LEAST_WEIGHT)
+        rate = _ratio_bound(stack, v)
+        if rate < best:
+            best, best_v = rate, v
+        if best <= worst + 2 * negligible:
+            break
+    return best, best_v
+
+
+def _negligible(rate: float) -> float:
+    return 1e-6 * (abs(1 - rate) + 1e-6)
+
+
+def _ratio_bound(propagator: Propagator, v: Tensor) -> float:
+    """The rate that the weights v prove; infinite where they or their image leave the range of float64."""
+    ratios = propagator.propagate(v) / v
+    return float(ratios.max()) if bool((ratios.isfinite() & (v >= LEAST_WEIGHT)).all()) else math.inf
+
+
+def _scaled_up(stack: Stack, rates: Sequence[float], weights: Sequence[Tensor], least: float) -> Tensor:
+    """Weights of the stack: those of each layer, scaled up until what the layer below sends, T_l(0, e), is negligible
+    beside them; T_l(v, e) ≤ T_l(v, 0) + T_l(0, e) because T is a maximum of linear maps. The lowest layer's are scaled
+    down to `least` where they are above it, which leaves room for the others.
+    """
+    worst = max(rates)
+    scaled: list[Tensor] = []
     below = None
-    for layer, (rate, v) in zip(stack.layers, parts, strict=True):
-        if below is not None:
+    for layer, rate, v in zip(stack.layers, rates, weights, strict=True):
+        if below is None:
+            v = v * min(1.0, least / float(v.min())) if least < 1 else v
+        else:
             sent = layer.propagate(torch.zeros_like(v), below)
-            v = v * max(1.0, float((sent / v).max()) / (worst - rate + negligible))
-        weights.append(v)
+            v = v * max(1.0, float((sent / v).max()) / (worst - rate + _negligible(worst)))
+        scaled.append(v)
         below = layer.hidden(layer.propagate(v, below))
-    v = torch.cat(weights)
-    return float((stack.propagate(v) / v).max()), v
+    return torch.cat(scaled)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,9 +286,9 @@ class Proof:
             if smallest < start + HORIZON_BLOCK and self._settled(block[-2], e, eps, readout):
                 return smallest
             least, most = self._remaining(e, eps, readout)
-            if least == most:
+            if least == most < math.inf:
                 return start + HORIZON_BLOCK + int(most)
-        return start + HORIZON_BLOCK + int(most)
+        return start + HORIZON_BLOCK + int(most) if most < math.inf else None
 
     def _orbit(self, e: Tensor, count: int) -> Iterator[Tensor]:
         for _ in range(count):
@@ -395,7 +431,7 @@ class Certificate:
         Compares every reachable state with the zero state, as a truncation does; for two arbitrary pasts ask for
         eps / 2. With a readout the change is that of its outputs. It is the smallest k such that the bound stays at or
         below `eps` from the k-th step on. None where nothing is proved, where the state has no bound (a ReLU layer with
-        unbounded inputs), and for a model of several recurrent modules.
+        unbounded inputs) or none that float64 can follow, and for a model of several recurrent modules.
         """
         if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
             raise InputError(f"eps must be a positive number, got {eps!r}")
@@ -428,9 +464,13 @@ class Certificate:
 
     @property
     def weights(self) -> Tensor | None:
-        """The v > 0 (state_size,) of the best componentwise proof, with T(v) ≤ rate · v; None where there is none."""
+        """The v > 0 (state_size,) of the best componentwise proof, with T(v) ≤ rate · v; None where there is none.
+
+        None too where its entries are too far apart to be divided by each other in float64.
+        """
         found = [p for p in self.proofs if p.contracts and p.method == "componentwise"]
-        return min(found, key=lambda proof: proof.rate).weights if found else None
+        best = min(found, key=lambda proof: proof.rate).weights if found else None
+        return None if best is None or math.isinf(float(best.max() / best.min())) else best
 
     def flatten(self, hx: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """The module's own state, h or (h, c), as one vector a sequence (B, state_size); see `StateLayout.flatten`."""
@@ -685,6 +725,8 @@ def _shortfall(best: Proof) -> tuple[str, ...]:
         return ()
     if math.isfinite(best.rate):
         return (f"the best bound found on the rate is {best.rate:.6g}, and a certificate needs one below 1",)
+    if bool(best.propagator.invariant().isfinite().all()):
+        return ("no bound on the rate could be computed: the weights lead out of the range of float64",)
     return (
         "the rate has no bound, because a gate that keeps the state can come arbitrarily close to 1: "
         "say which inputs are allowed (inputs, input_bound or embedding)",

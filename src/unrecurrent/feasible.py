@@ -21,7 +21,17 @@ from torch import Tensor
 
 from unrecurrent import kernels
 from unrecurrent.cells import TANH_PIECES
-from unrecurrent.projections import ROUNDING, SCALE_TOLERANCE, shrink_rows, shrink_to, weighted_row_sums
+from unrecurrent.projections import (
+    HALF,
+    ROUNDING,
+    SCALE_TOLERANCE,
+    check_finite,
+    shrink_rows,
+    shrink_to,
+    weighted_row_sums,
+    widened,
+    write_back_,
+)
 
 TANH_1 = math.tanh(1.0)
 # A gate that keeps the state leaves at least this share of the rate to its unit's rows, whatever its drive asks for.
@@ -218,10 +228,13 @@ def fit_norm_(weight: Tensor, budget: RowBudget, norm: Tensor, iterations: int =
     Iterating v ← √(v Γ(v)) tends to the eigenvector of Γ, where the largest of Γ(v) / v is smallest: no other norm
     allows more at these weights. v is kept within a factor `NORM_SPREAD` of its geometric mean, which is 1.
     """
+    wide = widened(weight)
     for _ in range(iterations):
-        moved = (norm * needed_norm(weight, budget, norm).maximum(1e-3 * norm)).sqrt()
+        before = widened(norm)
+        moved = (before * needed_norm(wide, budget, before).maximum(1e-3 * before)).sqrt()
         moved[-1] = moved[-1].maximum(moved[0])
         moved /= moved.log().mean().exp()
+        check_finite(moved)
         norm.copy_(moved.clamp(1 / NORM_SPREAD, NORM_SPREAD))
 
 
@@ -230,7 +243,14 @@ def hold_rows_(weight: Tensor, budget: RowBudget, norm: Tensor) -> None:
     """Move `weight_hh`, in place, to a nearby matrix whose rows keep their budgets; rows that do are not touched.
 
     Each unit's rows are soft-thresholded along the cut that is worst for them, until it holds (`shrink_rows`).
+    Half-precision rows are held in float32 and rounded towards zero; the budget is one in float32 for them.
     """
+    if weight.dtype in HALF:
+        check_finite(weight)
+        wide = weight.float()
+        hold_rows_(wide, budget, norm.float())
+        write_back_(weight, wide)
+        return
     if not kernels.takes(weight):
         hold_rows_reference_(weight, budget, norm)
         return

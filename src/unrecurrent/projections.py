@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unrecurrent import kernels
+from unrecurrent.errors import Diverged
 
 # Sums over the rows of float32 weights carry relative rounding errors below this; projections aim that much below the
 # bound, so that it holds when the same weights are summed up in float64.
@@ -20,6 +21,41 @@ FEWEST_DIRECTIONS, MOST_DIRECTIONS = kernels.DIRECTIONS, 64
 OUT_OF_HAND = 0.02
 # Orthogonal iterations each time the largest singular values are looked for.
 POWER_STEPS = 1
+# What is too coarse to add up in: projections of such weights are computed in float32.
+HALF = (torch.float16, torch.bfloat16)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 if it is in half precision, else itself."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def check_finite(*weights: Tensor) -> None:
+    """Raise `Diverged` if any of them holds NaN or infinite values, which no projection mends."""
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise Diverged(
+            "the weights to keep stable have NaN or infinite values: lower the learning rate, clip the gradients, "
+            "or train in float32 (Adam's eps of 1e-8 is zero in float16)"
+        )
+
+
+@torch.no_grad()
+def write_back_(weight: Tensor, moved: Tensor) -> None:
+    """Write what became of a half-precision `weight` in float32 into it, rounded on in the direction it moved.
+
+    So a bound that the move brought about survives the rounding; what did not move stays as it is.
+
+    >>> weight = torch.tensor([1.0, -1.0, 0.5]).bfloat16()
+    >>> write_back_(weight, torch.tensor([0.999, -0.999, 0.5]))
+    >>> weight.tolist()
+    [0.99609375, -0.99609375, 0.5]
+    """
+    if torch.equal(weight.float(), moved):
+        return
+    rounded = moved.to(weight.dtype)
+    direction = (moved - weight.float()).sign()
+    onwards = torch.nextafter(rounded, torch.where(direction > 0, torch.inf, -torch.inf).to(weight.dtype))
+    weight.copy_(torch.where(direction * (moved - rounded.float()).sign() > 0, onwards, rounded))
 
 
 def weighted_row_sums(weight: Tensor, weights: Tensor) -> Tensor:
@@ -99,6 +135,7 @@ def clip_singular_values_(weight: Tensor, bound: float, basis: Tensor | None = N
     >>> round(clip_singular_values_(w, 0.9), 3), w.diagonal().round(decimals=3)
     (2.0, tensor([0.9000, 0.5000]))
     """
+    check_finite(weight)
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     over = s > bound
     if over.any():

@@ -1,6 +1,7 @@
 """What layers that keep themselves stable have in common: they notice that weights changed, and project them."""
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -40,6 +41,12 @@ def _after_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
 
 
 register_optimizer_step_post_hook(_after_any_step)
+
+
+def check_norm(norm: Tensor, name: str) -> None:
+    """Raise `InputError` unless these can be the weights of a norm."""
+    if not bool((norm.isfinite() & (norm > 0)).all()):
+        raise InputError(f"{name} is the norm a layer contracts in: it must hold finite numbers above 0")
 
 
 class SelfKeeping(nn.Module):
@@ -115,13 +122,16 @@ class SelfKeeping(nn.Module):
         self.settle()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._check_loaded()
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, buffer in self.named_buffers(recurse=False):
+            loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, Tensor) and loaded.shape == buffer.shape:  # else torch says what is wrong
+                self._check_loaded(name, loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.project()
 
-    def _check_loaded(self) -> None:
-        """Refuse a state that belongs to a layer of another rate."""
+    def _check_loaded(self, name: str, loaded: Tensor) -> None:
+        """Raise `InputError`, before anything is loaded, for a buffer that no layer of this rate can have."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.settle()

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,15 +27,18 @@ from unrecurrent.feasible import (
     hold_rows_,
 )
 from unrecurrent.projections import (
+    HALF,
     ROUNDING,
     SCALE_TOLERANCE,
+    check_finite,
     clip_singular_values_,
     clip_top_,
     first_basis,
     project_rows_,
     weighted_row_sums,
+    write_back_,
 )
-from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_rate, target
+from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_norm, check_rate, target
 from unrecurrent.stable_lstm import StableLSTM
 
 __all__ = ["Constraint", "StableGRU", "StableLSTM", "StableRNN", "stabilize"]
@@ -86,6 +90,15 @@ class _Layer:
     def biases(self) -> tuple[Tensor, Tensor] | None:
         """b_ih and b_hh, or None for a layer without."""
         return (self.bias_ih, self.bias_hh) if self.module.bias else None
+
+    def in_float32(self) -> "_Layer":
+        """The same layer with copies of its weights in float32."""
+        wide = nn.Module()
+        wide.bias = self.module.bias
+        names = ("weight_hh", "weight_ih", "bias_ih", "bias_hh")
+        for name, weight in zip(names, self.weights, strict=False):
+            wide.register_parameter(name + self.suffix, nn.Parameter(weight.detach().float()))
+        return _Layer(wide, self.suffix)
 
     def gate(self, tensor: Tensor, index: int) -> Tensor:
         """The rows of gate `index`, a view."""
@@ -176,7 +189,7 @@ class _TableDrive(_Drive):
         self.values: Tensor | None = None
 
     def refresh(self, weight: Tensor) -> None:
-        self.values = torch.stack([(rows @ weight.t()).amax(0) for rows in self.table().split(4096)]).amax(0)
+        self.values = torch.stack([(rows.to(weight) @ weight.t()).amax(0) for rows in self.table().split(4096)]).amax(0)
 
     def highest(self, weight: Tensor) -> Tensor:
         if self.values is None:
@@ -232,6 +245,27 @@ class _Spectral(_Policy):
         return self.basis
 
 
+def _wide(method: Callable[..., None]) -> Callable[..., None]:
+    """Let the method of a policy work in float32 where its layer is in half precision, and write back what it moved."""
+
+    @wraps(method)
+    def run(policy: Any, *args: Any) -> None:
+        layer = policy.layer
+        if layer.weight_hh.dtype not in HALF:
+            method(policy, *args)
+            return
+        check_finite(*layer.weights)
+        policy.layer = wide = layer.in_float32()
+        try:
+            method(policy, *args)
+        finally:
+            policy.layer = layer
+        for weight, moved in zip(layer.weights, wide.weights, strict=True):
+            write_back_(weight, moved)
+
+    return run
+
+
 class _MillerHardtLSTM(_Policy):
     """The paper's four conditions on a layer of an `nn.LSTM`, each a projection of rows onto L1 balls."""
 
@@ -244,6 +278,7 @@ class _MillerHardtLSTM(_Policy):
         self._keep()
 
     @torch.no_grad()
+    @_wide
     def _keep(self) -> None:
         weights = self.layer.weights
         if not kernels.takes(*weights):
@@ -270,6 +305,7 @@ class _MillerHardtLSTM(_Policy):
             _limit_bias_(layer.gate(bias_ih, 1), layer.gate(bias_hh, 1), PAPER_FORGET_BIAS)
 
     def project(self) -> None:
+        check_finite(*self.layer.weights)
         self.bound = self.input_bound()
         self._keep()
 
@@ -343,6 +379,7 @@ class _Rows(_Policy):
         self._keep()
 
     @torch.no_grad()
+    @_wide
     def _keep(self) -> None:
         self.norm = self.norm.to(self.layer.weight_hh)
         weights = self.layer.weights
@@ -385,11 +422,14 @@ class _Rows(_Policy):
             self.drive.lower_(*self._gate_parameters(), torch.where(drive > room, room, drive) - margin)
 
     @torch.no_grad()
+    @_wide
     def project(self) -> None:
+        check_finite(*self.layer.weights)
         self.drive.refresh(self._gate_parameters()[0])
         self._keep()
 
     @torch.no_grad()
+    @_wide
     def adapt(self, iterations: int = 1) -> None:
         self.norm = self.norm.to(self.layer.weight_hh)
         fit_norm_(self.layer.weight_hh, self._budget(), self.norm, iterations)
@@ -419,6 +459,12 @@ class _CoupledRows(_Rows):
 
     def _budget_at(self, ceiling: Tensor) -> CappedGate:
         return CoupledLSTMGates(self.rate, ceiling)
+
+    @torch.no_grad()
+    def _keep(self) -> None:
+        if self.layer.weight_hh.dtype in HALF:
+            self._merge()  # before: rounding then treats both gates alike
+        super()._keep()
 
     def _keep_reference(self) -> None:
         self._merge()
@@ -494,6 +540,8 @@ class Constraint:
         for policy, kept in zip(self._policies, state["memory"], strict=True):
             memory = policy.memory()
             if memory is not None:
+                if isinstance(policy, _Rows):
+                    check_norm(kept, "memory")
                 memory.copy_(kept)
 
     def remove(self) -> None:
@@ -708,8 +756,15 @@ class _SelfKeepingLayer(SelfKeeping):
         self._kept_exactly = False
 
     def _adapt(self) -> None:
-        for policy in self._policies():
+        for k, policy in enumerate(self._policies()):
             policy.adapt()
+            memory, adapted = self._memory(k), policy.memory()
+            if memory is not None and adapted is not None and adapted is not memory:  # its dtype is not the weights'
+                memory.copy_(adapted)
+
+    def _check_loaded(self, name: str, loaded: Tensor) -> None:
+        if not bool(loaded.isfinite().all()):
+            raise InputError(f"{name} has NaN or infinite values: these weights are damaged")
 
     def settle(self) -> None:
         if not self._kept_exactly:
@@ -770,6 +825,10 @@ class StableGRU(_SelfKeepingLayer, nn.GRU):
     def known_norms(self) -> list[Tensor | None]:
         """The norms in which the layers contract, where `certify` begins its search."""
         return [self._memory(k) for k in range(self.num_layers)]
+
+    def _check_loaded(self, name: str, loaded: Tensor) -> None:
+        if name.startswith("kept"):
+            check_norm(loaded, name)
 
     def _policies(self) -> list[_Policy]:
         between = _bound_between(self, 1.0)

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from unrecurrent import kernels, onednn
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import ScaledGate, fit_norm_, hold_rows_
-from unrecurrent.self_keeping import SelfKeeping, check_rate, target
+from unrecurrent.projections import check_finite, widened
+from unrecurrent.self_keeping import SelfKeeping, check_norm, check_rate, target
 
 # The ceilings F̄ of a layer leave the candidate's rows between these shares of the rate: (λ − F̄) / (1 − F̄) = share · λ.
 CEILING_SHARES = (0.25, 0.75)
@@ -279,16 +280,24 @@ class StableLSTM(SelfKeeping):
         """Of each layer the recurrent weight, its budgets and its norm."""
         rows: list[tuple[Tensor, ScaledGate, Tensor]] = []
         for k in range(self.num_layers):
-            ceiling, norm = self.get_buffer(f"forget_ceiling_l{k}"), self.get_buffer(f"norm_l{k}")
+            ceiling, norm = widened(self.get_buffer(f"forget_ceiling_l{k}")), self.get_buffer(f"norm_l{k}")
             rows.append((self.get_parameter(f"weight_hh_l{k}"), ScaledGate(target(self.rate), ceiling), norm))
         return rows
 
-    def _check_loaded(self) -> None:
-        for k in range(self.num_layers):
-            if float(self.get_buffer(f"forget_ceiling_l{k}").max()) >= self.rate:
+    def _check_loaded(self, name: str, loaded: Tensor) -> None:
+        if name.startswith("norm"):
+            check_norm(loaded, name)
+        elif name.startswith("forget_ceiling"):
+            if not bool((loaded >= 0).all()):
+                raise InputError(f"{name} must hold ceilings of at least 0: these weights are damaged")
+            if float(loaded.max()) >= target(self.rate):
                 raise InputError(f"these weights belong to a StableLSTM of a higher rate than {self.rate}: use theirs")
 
     def _project(self) -> None:
+        check_finite(*self.parameters(recurse=False))
+        self._hold()
+
+    def _hold(self) -> None:
         for weight, budget, norm in self._rows():
             hold_rows_(weight, budget, norm)
 
