@@ -145,6 +145,8 @@ def test_a_digest_follows_the_data(tmp_path, values):
         ({"date": [*hours(2), *hours(201)]}, {}, "out of order: line 4"),
         ({"date": [*hours(202), "tomorrow"]}, {}, "'tomorrow' in line 204 .* is no date"),
         ({"date": ["", *hours(202)]}, {}, "'' in line 2 .* is no date"),
+        ({"date": ["31st of May"] * 203}, {}, "'31st of May' in line 2 .* is no date"),
+        ({"day": ["noon"] * 203}, {"time": "day"}, "'noon' in line 2 .* is no date"),
         ({"date": [f"{m}/1/2020" for m in (1, 3, 2)] * 67 + ["1/1/2020"] * 2}, {}, "out of order: line 4"),
         ({"date": [f"{200 - t}.5" for t in range(203)]}, {}, "out of order: line 3"),
     ],
@@ -203,7 +205,13 @@ def test_dates_are_told_from_numbers_and_time_zones_are_applied():
     assert iso_date("2026-01-31T12:00:00+02:00") == datetime(2026, 1, 31, 10)
 
 
-@pytest.mark.parametrize("form", ["%Y/%m/%d", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%d/%m/%Y"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("%Y/%m/%d", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%d/%m/%Y", "%d-%b-%Y", "%d.%m.%y", "%Y/%m/%dT%H:%M"),
+        *("%Y-%m-%d %I:%M %p", "%m/%d/%Y %I:%M:%S%p"),
+    ],
+)
 def test_dates_in_other_forms_are_read_as_they_increase(form, tmp_path, values):
     dates = [(datetime(2020, 1, 1) + timedelta(days=t)).strftime(form) for t in range(203)]
     task = get_task(f"series:{write(tmp_path / 'x.csv', {'day': dates, 'x': values})}")
@@ -219,6 +227,13 @@ def test_day_and_month_are_told_by_their_order(tmp_path, values):
 def test_numbers_are_the_time_where_their_name_says_so(tmp_path, values):
     task = get_task(f"series:{write(tmp_path / 'x.csv', {'Timestamp': range(203), 'x': values})}")
     assert (task.time, task.seconds) == ("Timestamp", None)
+
+
+def test_a_column_of_dates_goes_before_one_that_is_only_called_time(tmp_path, values):
+    columns = {"Time": ["12:00"] * 203, "day": hours(203), "x": values}
+    assert get_task(f"series:{write(tmp_path / 'x.csv', columns)}").time == "day"
+    with pytest.raises(InputError, match=r"'' in line 2 of .* is no date"):
+        get_task(f"series:{write(tmp_path / 'y.csv', {'Date Time': ['', *['noon'] * 202], 'x': values})}")
 
 
 def test_a_column_called_time_may_be_what_is_predicted(tmp_path, values):

@@ -4,6 +4,7 @@ import csv
 import difflib
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from unrecurrent.errors import InputError
 SEPARATORS = ",;\t"
 #: what people write where a number is missing
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
-#: how dates are written: in ISO form (empty), or so, where a time of day may follow
-FORMS = ("", "%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
-#: columns of numbers that are taken for the time by their name
+#: how dates are written; a time of day may follow
+ISO = "%Y-%m-%d"
+FORMS = (ISO, "%Y/%m/%d", "%d.%m.%Y", "%d.%m.%y", "%d-%b-%Y", "%m/%d/%Y", "%d/%m/%Y")
+#: columns that are taken for the time by their name, without case and what stands between its words
 TIME_NAMES = frozenset({"time", "timestamp", "date", "datetime", "epoch", "unix"})
 #: columns without a name are left out: they come from a separator at the end of each line
 UNNAMED = ""
@@ -63,7 +65,7 @@ class CsvTable:
     def is_time(self, name: str) -> bool:
         """Say whether the first value that is not missing is a date, or a number under a name that says time."""
         first = self._first(name)
-        return any(_date(first, form) for form in FORMS) or (name.casefold() in TIME_NAMES and self.is_numeric(name))
+        return any(_date(first, form) for form in FORMS) or (called_time(name) and self.is_numeric(name))
 
     def times(self, name: str) -> list[list[float]]:
         """Return what a column of dates can mean in seconds: one list, or two where day and month may be either.
@@ -79,7 +81,7 @@ class CsvTable:
             fault = max(map(len, begun))
             raise InputError(
                 f"{column[fault]!r} in line {self.lines[fault]} of {self.path} is no date: write the column {name!r} in"
-                " ISO form, as in 2026-01-31 or 2026-01-31 12:00:00"
+                " ISO form, as in 2026-01-31 or 2026-01-31 12:00:00, or rename it if it is not the time"
             )
         return readings
 
@@ -94,6 +96,15 @@ class CsvTable:
         return InputError(f"{text!r} in the column {name!r}, {where}, is not a finite number: correct it")
 
 
+def called_time(name: str) -> bool:
+    """Say whether the name of a column says that it holds the time.
+
+    >>> called_time("Date Time"), called_time("load")
+    (True, False)
+    """
+    return re.sub(r"[\W_]", "", name.casefold()) in TIME_NAMES
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -102,13 +113,19 @@ def _number(text: str) -> float:
 
 
 def _date(text: str, form: str) -> datetime | None:
-    """Return a date written in ISO form (where `form` is empty) or as `form` says; `None` if it is none."""
-    if not form:
-        return iso_date(text)
-    day, _, clock = text.partition(" ")
-    clock_form = "%H:%M:%S" if clock.count(":") > 1 else "%H:%M"
+    """Return a date written as `form` says, any time of day behind it; `None` if it is none.
+
+    >>> _date("31-Jan-2026 3:30 PM", "%d-%b-%Y"), _date("2026/01/31T15:30", "%Y/%m/%d")
+    (datetime.datetime(2026, 1, 31, 15, 30), datetime.datetime(2026, 1, 31, 15, 30))
+    """
+    if form == ISO and (date := iso_date(text)):
+        return date
+    day, *after = re.split(r"[ T]+(?=\d)", text, maxsplit=1)
+    clock = after[0].replace(" ", "") if after else "0:00"
+    halves = clock[-1] in "mM"  # a day of two halves, am and pm
+    clock_form = ("%I:%M" if halves else "%H:%M") + ":%S" * (clock.count(":") > 1) + "%p" * halves
     try:
-        return datetime.strptime(f"{day} {clock or '0:00'}", f"{form} {clock_form}")
+        return datetime.strptime(f"{day} {clock}", f"{form} {clock_form}")
     except ValueError:
         return None
 

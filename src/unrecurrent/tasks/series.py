@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from unrecurrent.errors import InputError
-from unrecurrent.tasks.csv_table import CsvTable, read_csv
+from unrecurrent.tasks.csv_table import CsvTable, called_time, read_csv
 from unrecurrent.tasks.task import SPLITS, Example, Metric, Split, Task
 
 PREFIX = "series:"
@@ -368,8 +368,12 @@ def _whole(options: Mapping[str, Sequence[str]], key: str, default: int, least: 
 
 
 def _find_time(table: CsvTable, used: set[str | None]) -> str | None:
-    """Return the first column that says when its row was measured, of those not used for something else."""
-    return next((name for name in table.columns if name not in used and table.is_time(name)), None)
+    """Return the first column that says when its row was measured, of those not used for something else.
+
+    One that is only called so is taken as well, to be refused: rows out of order would go unnoticed.
+    """
+    free = [name for name in table.columns if name not in used]
+    return next((name for check in (table.is_time, called_time) for name in free if check(name)), None)
 
 
 def _check_varies(values: np.ndarray, column: str, series: str, *, is_target: bool) -> None:
