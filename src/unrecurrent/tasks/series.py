@@ -302,10 +302,12 @@ class SeriesFile(SeriesTask):
         return {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
 
     def _check_rows(self, rows: Mapping[str, np.ndarray], horizon: int) -> None:
-        needed = next(n for n in range(1, 100 * (horizon + FEWEST)) if _shortest_part(n) >= horizon + FEWEST)
         for name, own in rows.items():
+            whose = f"the series {name!r} in {self.table.path}" if name else self.table.path
+            if len(own) <= horizon:
+                raise InputError(f"{whose} has {len(own)} rows, none of them {horizon} steps ahead: lower the horizon")
+            needed = _fewest_rows(horizon + FEWEST)
             if len(own) < needed:
-                whose = f"the series {name!r} in {self.table.path}" if name else self.table.path
                 advice = "a smaller horizon or a longer series" if horizon > 1 else "a longer series"
                 raise InputError(
                     f"{whose} has {len(own)} rows and a horizon of {horizon} needs at least {needed}, so that training,"
@@ -392,6 +394,16 @@ def _bounds(rows: int) -> tuple[int, int]:
 def _shortest_part(rows: int) -> int:
     first, second = _bounds(rows)
     return min(first, second - first, rows - second)
+
+
+def _fewest_rows(steps: int) -> int:
+    """Return how many rows a series needs so that each part has at least so many.
+
+    >>> [(_fewest_rows(n), _shortest_part(_fewest_rows(n)), _shortest_part(_fewest_rows(n) - 1)) for n in (8, 10**6)]
+    [(52, 8, 7), (6666666, 1000000, 999999)]
+    """
+    near = int(steps / VALID_SHARE)  # rounding moves each part by less than a row, which is seven of the whole
+    return next(n for n in range(max(1, near - 14), near + 15) if _shortest_part(n) >= steps)
 
 
 def split_by_time(part: Part, bounds: tuple[int, int] | None = None) -> dict[Split, Part]:
