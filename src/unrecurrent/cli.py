@@ -195,7 +195,7 @@ def measure(
     delta: Annotated[float, typer.Option(help="The relative loss that k* may cost.", min=0)] = 0.01,
     exponents: Annotated[str, typer.Option(help="How many Lyapunov exponents, or all.")] = "16",
     steps: Annotated[int, typer.Option(help="Over how many steps they are averaged.", min=1)] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0)] = 0,
     report: ReportPath = None,
     data_dir: DataDir = None,
     as_json: Json = False,
