@@ -101,6 +101,9 @@ def test_several_series_are_told_apart_and_scaled_each_by_itself(tmp_path, value
     first, second = task.load("test")
     assert torch.allclose(first.inputs, second.inputs, atol=1e-5)
     assert task.seconds == 3600
+    columns["shop"][5] = ""
+    with pytest.raises(InputError, match=r"line 7 of .* has no 'shop' to tell its series by"):
+        get_task(series_name(write(tmp_path / "nameless.csv", columns), target="sold", id_column="shop"))
     with pytest.raises(InputError, match=r"out of order.*tells several series apart"):
         get_task(series_name(path, target="sold"))
 
@@ -171,13 +174,21 @@ def test_unusable_series_are_one_sentence(change, options, said, tmp_path, value
         (b"a\n\xff\n", "not UTF-8"),
         (b"\x1f\x8bnot gzip", "damaged gzip"),
         (b"name\nx\ny\n", "no column of numbers"),
+        (b"day|load\n1|2\n", r"separated by '\|': separate them by commas, semicolons or tabs"),
+        (b"day load\n1 2\n", "separated by ' '"),
+        (b"day;load\n" + b"1;2,5\n" * 60, "'2,5' in the column 'load', line 2 .*: write decimals with a point"),
+        (b"day,load\n1,2,5\n", "decimals have a point, not a comma"),
+        (b"x\n" + b"1\n2\n" * 30 + b"1e200\n" * 3, "standard deviations of its training part"),
+        (b"x\n" + b"1e308\n-1e308\n" * 30, "too large to be squared"),
+        (b"x\n" + b"1e-200\n0\n" * 30, "too small to be squared"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_unusable_files_are_one_sentence(content, said, tmp_path):
     path = tmp_path / "bad.csv"
     path.write_bytes(content)
     with pytest.raises(InputError, match=said) as error:
-        get_task(f"series:{path}")
+        get_task(f"series:{path}").load("test")
     assert "\n" not in str(error.value)
 
 

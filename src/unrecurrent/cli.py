@@ -292,7 +292,9 @@ def lookback(
         str | None, typer.Option(help="Columns that help, separated by commas, or all (default: none).")
     ] = None,
     id_column: Annotated[str | None, typer.Option("--id", help="The column that tells several series apart.")] = None,
-    time: Annotated[str | None, typer.Option(help="The column of ISO dates (default: the first that is).")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="The column of dates (default: the first that holds dates, or is called so).")
+    ] = None,
     longest: Annotated[
         int | None,
         typer.Option(help="Longest window considered (default: an eighth of the training part, to 256)."),

@@ -18,6 +18,8 @@ from unrecurrent.errors import InputError
 
 #: what separates the columns: the one of these that is most frequent in the header
 SEPARATORS = ",;\t"
+#: what else people separate columns by
+UNKNOWN_SEPARATORS = "| :"
 #: what people write where a number is missing
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
 #: how dates are written; a time of day may follow
@@ -59,8 +61,8 @@ class CsvTable:
         return values
 
     def is_numeric(self, name: str) -> bool:
-        """Say whether the first value that is not missing is a number."""
-        return bool(np.isfinite(_number(self._first(name))))
+        """Say whether the first value that is not missing is a number; one with a comma is refused when read."""
+        return bool(np.isfinite(_number(self._first(name).replace(",", "."))))
 
     def is_time(self, name: str) -> bool:
         """Say whether the first value that is not missing is a date, or a number under a name that says time."""
@@ -93,7 +95,8 @@ class CsvTable:
         text, where = self.columns[name][row], f"line {self.lines[row]} of {self.path}"
         if text.lower() in MISSING:
             return InputError(f"the column {name!r} has no value in {where}: fill it in, or leave the column out")
-        return InputError(f"{text!r} in the column {name!r}, {where}, is not a finite number: correct it")
+        remedy = "write decimals with a point" if "," in text else "correct it"
+        return InputError(f"{text!r} in the column {name!r}, {where}, is not a finite number: {remedy}")
 
 
 def called_time(name: str) -> bool:
@@ -166,7 +169,8 @@ def read_csv(path: Path) -> CsvTable:
     """
     text = _read_text(path)
     first = text.split("\n", 1)[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(SEPARATORS, key=first.count))
+    separator = max(SEPARATORS, key=first.count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         header = [name.strip() for name in next(rows)]
         filled = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
@@ -174,7 +178,7 @@ def read_csv(path: Path) -> CsvTable:
         raise InputError(
             f"{path} cannot be read as CSV ({error} in line {rows.line_num}): correct that line"
         ) from error
-    _check_shape(path, header, filled)
+    _check_shape(path, header, filled, separator)
     kept = [i for i, name in enumerate(header) if name != UNNAMED]
     columns = {header[i]: [row[i].strip() for _, row in filled] for i in kept}
     return CsvTable(str(path), columns, [line for line, _ in filled])
@@ -198,7 +202,7 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as CSV in UTF-8") from error
 
 
-def _check_shape(path: Path, header: list[str], rows: list[tuple[int, list[str]]]) -> None:
+def _check_shape(path: Path, header: list[str], rows: list[tuple[int, list[str]]], separator: str) -> None:
     named = [name for name in header if name != UNNAMED]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
@@ -209,6 +213,14 @@ def _check_shape(path: Path, header: list[str], rows: list[tuple[int, list[str]]
         raise InputError(f"{path} has a header and no rows: give a file with values in it")
     for line, row in rows:
         if len(row) != len(header):
+            commas = " (decimals have a point, not a comma)" if separator == "," and len(row) > len(header) else ""
             raise InputError(
                 f"line {line} of {path} has {len(row)} values and the header {len(header)} names: correct that line"
+                + commas
             )
+    (_, (first, *others)), name = rows[0], header[0]
+    mark = next((m for m in UNKNOWN_SEPARATORS if first.count(m) == name.count(m) > 0), None)
+    if mark and not others:
+        raise InputError(
+            f"the columns of {path} seem to be separated by {mark!r}: separate them by commas, semicolons or tabs"
+        )

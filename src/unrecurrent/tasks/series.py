@@ -24,6 +24,8 @@ TRAIN_SHARE, VALID_SHARE = 0.70, 0.15
 FEWEST = 8
 #: the longest window considered when none is named, if the training part is at least eight times as long
 LONGEST = 256
+#: standardised values beyond this cannot be squared in float32
+FARTHEST = 1e18
 #: validation and test parts longer than this are cut: it bounds the memory of scoring
 SCORED_PIECE = 16_384
 
@@ -58,10 +60,19 @@ class Scale:
             scale = cls(values.mean(axis=0), values.std(axis=0))
         if not (np.isfinite(scale.mean).all() and np.isfinite(scale.std).all()):
             raise InputError("a column holds numbers too large to be squared: give it in a larger unit")
+        if not scale.std.all():
+            raise InputError("a column holds numbers too small to be squared: give it in a smaller unit")
         return scale
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        return (values - self.mean) / self.std
+        with np.errstate(over="ignore"):
+            scaled = (values - self.mean) / self.std
+        if np.abs(scaled).max(initial=0) > FARTHEST:
+            raise InputError(
+                f"a column holds numbers more than {FARTHEST:g} standard deviations of its training part away from its"
+                " mean: correct them"
+            )
+        return scaled
 
 
 class SeriesTask(Task):
@@ -299,6 +310,12 @@ class SeriesFile(SeriesTask):
         if self.id_column is None:
             return {"": np.arange(len(self.table.lines))}
         names = np.array(self.table.column(self.id_column))
+        unnamed = np.flatnonzero(names == "")
+        if len(unnamed):
+            line = self.table.lines[unnamed[0]]
+            raise InputError(
+                f"line {line} of {self.table.path} has no {self.id_column!r} to tell its series by: fill it in"
+            )
         return {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
 
     def _check_rows(self, rows: Mapping[str, np.ndarray], horizon: int) -> None:
@@ -381,9 +398,10 @@ def _find_time(table: CsvTable, used: set[str | None]) -> str | None:
 def _check_varies(values: np.ndarray, column: str, series: str, *, is_target: bool) -> None:
     own = f" of the series {series!r}" if series else ""
     remedy = "there is nothing to predict; name another target" if is_target else "leave it out"
-    if np.ptp(values) == 0:
+    if values.min() == values.max():
         raise InputError(f"the column {column!r}{own} is constant: {remedy}")
-    if np.ptp(values[: round(TRAIN_SHARE * len(values))]) == 0:
+    train = values[: round(TRAIN_SHARE * len(values))]
+    if train.min() == train.max():
         raise InputError(f"the column {column!r}{own} does not change in the training part (the first 70 %): {remedy}")
 
 
