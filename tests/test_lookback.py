@@ -193,7 +193,8 @@ def test_the_command_prints_table_and_answer_or_json_and_reuses_its_trainings(de
     [
         ((), "name the column to predict"),
         (("--target", "Y"), "did you mean 'y'"),
-        (("--target", "y", "--horizon", "2000"), "needs at least"),
+        (("--target", "y", "--horizon", "2000"), "none of them 2000 steps ahead"),
+        (("--target", "y", "--horizon", "900"), "needs at least"),
         (("--target", "y", "--horizon", "0"), "covariates alone"),
     ],
 )

@@ -202,6 +202,9 @@ def test_exponents_are_a_number_or_all(reader, capsys, monkeypatch):
     code, _, err = run(capsys, monkeypatch, "measure", reader, "--exponents", "many")
     assert code == 2
     assert "whole number or all" in err
+    code, _, err = run(capsys, monkeypatch, "measure", reader, "--seed", -1)
+    assert code == 2
+    assert "greater than or equal to 0" in err
 
 
 def test_help_shows_a_runnable_example(capsys, monkeypatch):

@@ -129,6 +129,74 @@ def test_nothing_to_measure_and_reduced_losses_are_refused():
         measure_memory(Delay(1), [], squared)
     with pytest.raises(InputError, match="reduction='none'"):
         measure_memory(Delay(1), [(torch.randn(9, 1), torch.randn(9, 1))], nn.MSELoss())
+    with pytest.raises(InputError, match="not float: use reduction='none'"):
+        measure_memory(Delay(1), [(torch.randn(9, 1), torch.randn(9, 1))], lambda o, t: float((o - t).mean()))
+
+
+class Forecaster(nn.Module):
+    """A small LSTM over numbers, or over symbols."""
+
+    def __init__(self, features=1, symbols=None):
+        super().__init__()
+        self.encode = nn.Identity() if symbols is None else nn.Embedding(symbols, features)
+        self.lstm, self.readout = nn.LSTM(features, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.readout(self.lstm(self.encode(x))[0])
+
+
+STEPS = torch.randn(30, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (STEPS, r"for one sequence write \[\(inputs, targets\)\]"),
+        ((STEPS, STEPS), r"for one sequence write \[\(inputs, targets\)\]"),
+        (7, "data must be pairs"),
+        ([(STEPS, torch.tensor(1.0))], "data must be pairs"),
+        ([(np.array(["a"]), np.zeros(1))], "must be numbers, not <U1"),
+        ([(STEPS.repeat(1, 2), STEPS)], r"fails on inputs of shape \(2, 30, 2\) and type torch.float32 "),
+        ([(STEPS.long(), STEPS)], "fails on inputs of .* type torch.int64"),
+        ([(STEPS, STEPS), (STEPS.repeat(1, 2), STEPS)], r"inputs of sequence 1 are \(2,\) of torch.float32 a step"),
+        ([(STEPS, STEPS), (STEPS, STEPS[:, 0])], r"targets of sequence 1 are \(\) of"),
+        ([(STEPS, STEPS), (STEPS.half(), STEPS)], r"inputs of sequence 1 are \(1,\) of torch.float16"),
+        ([(np.full((30, 1), 1e300), STEPS)], "inputs of sequence 0 hold NaN or infinite"),
+    ],
+)
+def test_data_in_another_form_are_one_sentence(data, said):
+    with pytest.raises(InputError, match=said) as raised:
+        measure_memory(Forecaster(), data, squared, positions=20)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("symbol", [-1, 9])
+def test_symbols_that_the_model_does_not_know_are_one_sentence(symbol):
+    x = torch.cat([torch.zeros(1100, dtype=torch.int64), torch.tensor([symbol])])
+    with pytest.raises(InputError, match=r"fails on inputs of shape .* type torch.int64"):
+        measure_memory(Forecaster(2, 9), [(x, x[:, None])], squared, positions=20)
+
+
+def test_weights_that_are_nan_are_named_before_the_model_is_called_not_causal():
+    model = Forecaster()
+    with torch.no_grad():
+        model.readout.bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="outputs are NaN on these data: check its weights"):
+        measure_memory(model, [(STEPS, STEPS)], squared, scale=float("nan"))
+
+
+def test_arrays_generators_and_float64_are_read():
+    model, wide = Forecaster(), STEPS.double()
+    losses = [
+        measure_memory(model, data, squared, ks=(1,), positions=20, steps=30).losses
+        for data in (
+            [(STEPS, STEPS)] * 2,
+            ((x, x) for x in (STEPS, STEPS)),
+            [(wide, wide), (wide.numpy(), STEPS.numpy())],
+        )
+    ]
+    assert all(np.array_equal(found, losses[0]) for found in losses)
+    measure_memory(model.double(), [(wide, wide)], squared, ks=(1,), layers=False)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +210,9 @@ def test_nothing_to_measure_and_reduced_losses_are_refused():
         ({"ks": [1.5]}, "each of ks must be"),
         ({"exponents": -1}, "exponents must be a whole number of at least 0"),
         ({"exponents": "many"}, "exponents must be"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"scale": -1}, "scale must be"),
+        ({"scale": float("nan")}, "scale must be"),
         ({"delta": -1}, "delta must be a share"),
         ({"delta": float("nan")}, "delta must be a share"),
         ({"delta": None}, "delta must be a share"),

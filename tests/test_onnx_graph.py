@@ -226,9 +226,11 @@ def test_unsupported_graphs_are_one_sentence(model, said, saved):
     [
         (np.ones((3, 1, D + 1)), "but the model reads time × batch × 4"),
         (np.full((3, 1, D), np.nan), "NaN or infinite"),
+        (np.full((3, 1, D), 1e300), "or too large ones"),
         ({"z": np.ones(3)}, "no input 'z'"),
     ],
 )
+@pytest.mark.filterwarnings("error:overflow")
 def test_data_that_do_not_fit_are_one_sentence(data, said, saved):
     graph = load_graph(saved(node_model("LSTM")))
     with pytest.raises(InputError, match=said):

@@ -101,6 +101,9 @@ def test_several_series_are_told_apart_and_scaled_each_by_itself(tmp_path, value
     first, second = task.load("test")
     assert torch.allclose(first.inputs, second.inputs, atol=1e-5)
     assert task.seconds == 3600
+    columns["shop"][5] = ""
+    with pytest.raises(InputError, match=r"line 7 of .* has no 'shop' to tell its series by"):
+        get_task(series_name(write(tmp_path / "nameless.csv", columns), target="sold", id_column="shop"))
     with pytest.raises(InputError, match=r"out of order.*tells several series apart"):
         get_task(series_name(path, target="sold"))
 
@@ -132,7 +135,8 @@ def test_a_digest_follows_the_data(tmp_path, values):
         ({}, {"id_column": "shop"}, "no column 'shop'"),
         ({}, {"horizon": 0}, "covariates alone"),
         ({}, {"horizon": 40}, "has 203 rows and a horizon of 40 needs at least"),
-        ({}, {"horizon": 4000}, "has 203 rows and a horizon of 4000 needs at least"),
+        ({}, {"horizon": 203}, "has 203 rows, none of them 203 steps ahead"),
+        ({}, {"horizon": 10**15}, "has 203 rows, none of them 1000000000000000 steps ahead"),
         ({}, {"longest": 100}, "windows of up to 100 steps"),
         ({}, {"longest": 0}, "at least 1"),
         ({"load": [7.5] * 203}, {}, "'load' is constant: there is nothing to predict"),
@@ -145,6 +149,8 @@ def test_a_digest_follows_the_data(tmp_path, values):
         ({"date": [*hours(2), *hours(201)]}, {}, "out of order: line 4"),
         ({"date": [*hours(202), "tomorrow"]}, {}, "'tomorrow' in line 204 .* is no date"),
         ({"date": ["", *hours(202)]}, {}, "'' in line 2 .* is no date"),
+        ({"date": ["31st of May"] * 203}, {}, "'31st of May' in line 2 .* is no date"),
+        ({"day": ["noon"] * 203}, {"time": "day"}, "'noon' in line 2 .* is no date"),
         ({"date": [f"{m}/1/2020" for m in (1, 3, 2)] * 67 + ["1/1/2020"] * 2}, {}, "out of order: line 4"),
         ({"date": [f"{200 - t}.5" for t in range(203)]}, {}, "out of order: line 3"),
     ],
@@ -168,13 +174,21 @@ def test_unusable_series_are_one_sentence(change, options, said, tmp_path, value
         (b"a\n\xff\n", "not UTF-8"),
         (b"\x1f\x8bnot gzip", "damaged gzip"),
         (b"name\nx\ny\n", "no column of numbers"),
+        (b"day|load\n1|2\n", r"separated by '\|': separate them by commas, semicolons or tabs"),
+        (b"day load\n1 2\n", "separated by ' '"),
+        (b"day;load\n" + b"1;2,5\n" * 60, "'2,5' in the column 'load', line 2 .*: write decimals with a point"),
+        (b"day,load\n1,2,5\n", "decimals have a point, not a comma"),
+        (b"x\n" + b"1\n2\n" * 30 + b"1e200\n" * 3, "standard deviations of its training part"),
+        (b"x\n" + b"1e308\n-1e308\n" * 30, "too large to be squared"),
+        (b"x\n" + b"1e-200\n0\n" * 30, "too small to be squared"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_unusable_files_are_one_sentence(content, said, tmp_path):
     path = tmp_path / "bad.csv"
     path.write_bytes(content)
     with pytest.raises(InputError, match=said) as error:
-        get_task(f"series:{path}")
+        get_task(f"series:{path}").load("test")
     assert "\n" not in str(error.value)
 
 
@@ -203,7 +217,13 @@ def test_dates_are_told_from_numbers_and_time_zones_are_applied():
     assert iso_date("2026-01-31T12:00:00+02:00") == datetime(2026, 1, 31, 10)
 
 
-@pytest.mark.parametrize("form", ["%Y/%m/%d", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%d/%m/%Y"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("%Y/%m/%d", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%d/%m/%Y", "%d-%b-%Y", "%d.%m.%y", "%Y/%m/%dT%H:%M"),
+        *("%Y-%m-%d %I:%M %p", "%m/%d/%Y %I:%M:%S%p"),
+    ],
+)
 def test_dates_in_other_forms_are_read_as_they_increase(form, tmp_path, values):
     dates = [(datetime(2020, 1, 1) + timedelta(days=t)).strftime(form) for t in range(203)]
     task = get_task(f"series:{write(tmp_path / 'x.csv', {'day': dates, 'x': values})}")
@@ -219,6 +239,13 @@ def test_day_and_month_are_told_by_their_order(tmp_path, values):
 def test_numbers_are_the_time_where_their_name_says_so(tmp_path, values):
     task = get_task(f"series:{write(tmp_path / 'x.csv', {'Timestamp': range(203), 'x': values})}")
     assert (task.time, task.seconds) == ("Timestamp", None)
+
+
+def test_a_column_of_dates_goes_before_one_that_is_only_called_time(tmp_path, values):
+    columns = {"Time": ["12:00"] * 203, "day": hours(203), "x": values}
+    assert get_task(f"series:{write(tmp_path / 'x.csv', columns)}").time == "day"
+    with pytest.raises(InputError, match=r"'' in line 2 of .* is no date"):
+        get_task(f"series:{write(tmp_path / 'y.csv', {'Date Time': ['', *['noon'] * 202], 'x': values})}")
 
 
 def test_a_column_called_time_may_be_what_is_predicted(tmp_path, values):

@@ -346,6 +346,37 @@ def test_symbols_that_see_the_future_are_detected():
         measure_memory(Next(), [(torch.arange(40) % 3, torch.arange(40) % 3)], lambda o, t: o.sum(-1))
 
 
+class Offset(nn.Module):
+    """A small network whose outputs stand at a level far above what they vary by."""
+
+    def __init__(self, level, body, width):
+        super().__init__()
+        self.level, self.body, self.readout = level, body, nn.Linear(width, 1)
+
+    def forward(self, x):
+        states = self.body(x)
+        return self.level + self.readout(states[0] if isinstance(states, tuple) else states)
+
+
+@pytest.mark.parametrize("level", [0, 100, 293, 1000])
+def test_seeing_the_future_is_detected_at_any_level_of_the_outputs(level):
+    x = torch.randn(300, 1)
+    seeing = Offset(level, nn.LSTM(1, 8, bidirectional=True, batch_first=True), 16)
+    with pytest.raises(InputError, match="not causal"):
+        measure_memory(seeing, [(x, x)], squared)
+    causal = Offset(level, nn.LSTM(1, 8, batch_first=True), 8)
+    measure_memory(causal, [(x, x)], squared, ks=(1,), layers=False)
+
+
+@pytest.mark.parametrize("level", [0, 1000])
+def test_whether_states_can_be_carried_is_told_at_any_level_of_the_outputs(level):
+    x = torch.randn(100, 1)
+    for body, carried in ((nn.LSTM(1, 3, batch_first=True), True), (SlowAverage(), False)):
+        reader = Reader(Offset(level, body, 3), x.device)
+        reader.try_on(x)
+        assert reader.carries(WHOLE + 1) == carried
+
+
 class Ahead(nn.Module):
     """Each output is the input some steps later."""
 

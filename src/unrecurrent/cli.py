@@ -195,7 +195,7 @@ def measure(
     delta: Annotated[float, typer.Option(help="The relative loss that k* may cost.", min=0)] = 0.01,
     exponents: Annotated[str, typer.Option(help="How many Lyapunov exponents, or all.")] = "16",
     steps: Annotated[int, typer.Option(help="Over how many steps they are averaged.", min=1)] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0)] = 0,
     report: ReportPath = None,
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -292,7 +292,9 @@ def lookback(
         str | None, typer.Option(help="Columns that help, separated by commas, or all (default: none).")
     ] = None,
     id_column: Annotated[str | None, typer.Option("--id", help="The column that tells several series apart.")] = None,
-    time: Annotated[str | None, typer.Option(help="The column of ISO dates (default: the first that is).")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="The column of dates (default: the first that holds dates, or is called so).")
+    ] = None,
     longest: Annotated[
         int | None,
         typer.Option(help="Longest window considered (default: an eighth of the training part, to 256)."),

@@ -122,7 +122,8 @@ def _scaled(array: _Arrays, scales: dict[str, list[float]] | None) -> _Arrays:
     """Inputs in the units of their file, standardised in float64 as those the model was trained on were."""
     if scales is None or isinstance(array, dict) or array.shape[-1:] != (len(scales["mean"]),):
         return array
-    return (array.astype(np.float64) - scales["mean"]) / scales["std"]
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused later
+        return (array.astype(np.float64) - scales["mean"]) / scales["std"]
 
 
 def load_arrays(path: Path) -> _Arrays:

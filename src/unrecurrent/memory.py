@@ -5,7 +5,7 @@ certificate it stands beside the estimates.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -248,7 +248,7 @@ def _smallest_k(ks: Sequence[int], means: np.ndarray, full: float, allowance: Ca
 
 def measure_memory(
     model: nn.Module,
-    data: Sequence[Pair],
+    data: Iterable[Pair],
     loss_fn: LossFunction,
     *,
     ks: Sequence[int] | None = None,
@@ -277,7 +277,8 @@ def measure_memory(
     Args:
         model: maps inputs `(B, T)` or `(B, T, D)` to outputs `(B, T, O)`, causally and from a zero state; a model
             with `init_cache` and `advance` is read in pieces, so that memory does not grow with the data.
-        data: pairs of inputs `(T, …)` and targets `(T, …)`.
+        data: pairs of inputs `(T, …)` and targets `(T, …)`, tensors or arrays; float64 becomes float32 where the
+            model's weights are.
         loss_fn: maps outputs `(B, T, O)` and targets `(B, T, …)` to the loss of every step, `(B, T)`.
         ks: the truncation lengths to measure.
         longest: the largest k measured where `ks` is not given and sequences are longer; also the longest lag.
@@ -302,11 +303,14 @@ def measure_memory(
     >>> measure_memory(delay, [(x[2:], y[2:])], squared).k(0.01)
     3
     """
-    _check_settings(ks, longest=longest, positions=positions, steps=steps, delta=delta, exponents=exponents)
+    counts = {"longest": longest, "positions": positions, "steps": steps}
+    _check_settings(ks, counts, delta=delta, exponents=exponents, seed=seed)
+    data = _pairs(data, model)
     _check(data)
     with _evaluating(model), _progress(progress) as say:
         sample = _Sample(model, data, loss_fn, positions, seed)
         sample.reader.check_causal(max((inputs for inputs, _ in data), key=len))
+        _check_scale(scale)  # last, since the variance of outputs that are NaN is none either
         taps, notes = find_taps(model) if layers else ([], [])
         wanted = choose_segments(
             sample.lengths, sample.reader, _steps_kept(steps, longest), _lane_length(data, longest), seed
@@ -329,22 +333,60 @@ def measure_memory(
     return MemoryProfile(order, curve, full, gradient, tuple(seen), scale, exponential, context, tuple(notes))
 
 
-def _check_settings(ks: Sequence[int] | None, *, delta: float, exponents: int | Literal["all"], **counts: int) -> None:
+def _check_settings(
+    ks: Sequence[int] | None,
+    counts: Mapping[str, int],
+    *,
+    delta: float,
+    exponents: int | Literal["all"],
+    seed: int,
+) -> None:
     if ks is not None and not len(ks):
         raise InputError("ks is empty: give the truncation lengths to measure, or leave it out")
     for k in () if ks is None else ks:
         _check_whole("each of ks", k, 1)
     for name, value in counts.items():
         _check_whole(name, value, 1)
+    _check_whole("seed", seed, 0)
     if exponents != "all":
         _check_whole("exponents", exponents, 0)
     if not (isinstance(delta, Real) and 0 <= delta < math.inf):
         raise InputError(f"delta must be a share of the loss, 0 or more, not {delta}")
 
 
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not (isinstance(scale, Real) and 0 <= scale < math.inf):
+        raise InputError(f"scale must be what delta is a share of, 0 or more, not {scale}")
+
+
 def _check_whole(name: str, value: object, least: int) -> None:
     if not (is_whole(value) and value >= least):  # type: ignore[operator]
         raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _pairs(data: Iterable[Any], model: Any) -> list[Pair]:
+    """Return the data as pairs of tensors, those in float64 as float32 where the model's weights are."""
+    pairs = list(data) if isinstance(data, Iterable) else [data]
+    weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+    narrow = any(w.dtype == torch.float32 for w in weights) and all(w.dtype != torch.float64 for w in weights)
+
+    def tensor(values: Any) -> Tensor:
+        try:
+            made = torch.as_tensor(values)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"data must be numbers, not {values.dtype}: convert them") from error
+        return made.float() if narrow and made.dtype == torch.float64 else made
+
+    def is_pair(pair: Any) -> bool:
+        kinds = (Tensor, np.ndarray)
+        return isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(x, kinds) and x.ndim for x in pair)
+
+    if not all(map(is_pair, pairs)):
+        raise InputError(
+            "data must be pairs of inputs (T, ...) and targets (T, ...), tensors or arrays: for one sequence write"
+            " [(inputs, targets)]"
+        )
+    return [(tensor(inputs), tensor(targets)) for inputs, targets in pairs]
 
 
 def _check(data: Sequence[Pair]) -> None:
@@ -355,6 +397,12 @@ def _check(data: Sequence[Pair]) -> None:
             raise InputError(
                 f"sequence {number} has {len(inputs)} inputs but {len(targets)} targets: give one target for each step"
             )
+        for name, own, first in (("inputs", inputs, data[0][0]), ("targets", targets, data[0][1])):
+            if (own.shape[1:], own.dtype) != (first.shape[1:], first.dtype):
+                raise InputError(
+                    f"the {name} of sequence {number} are {tuple(own.shape[1:])} of {own.dtype} a step, those of"
+                    f" sequence 0 {tuple(first.shape[1:])} of {first.dtype}: give all in one form"
+                )
         if inputs.is_floating_point() and not inputs.isfinite().all():
             raise InputError(f"the inputs of sequence {number} hold NaN or infinite values: fill or remove them first")
 
@@ -456,7 +504,7 @@ class _Sample:
         for chunk in self._chunks(k):
             windows = [self._window(p, k) for p in chunk]
             lasts = torch.tensor([len(w) - 1 for w in windows])
-            outputs = self.model(pad_sequence(windows, batch_first=True).to(self.device))
+            outputs = self.reader.run(pad_sequence(windows, batch_first=True).to(self.device))
             outputs = outputs[torch.arange(len(chunk)), lasts.to(outputs.device)]
             targets = torch.stack([self.data[self.sequence[p]][1][self.time[p]] for p in chunk])
             losses[chunk] = self._loss(outputs[:, None], targets[:, None].to(self.device))[:, 0]
@@ -516,10 +564,11 @@ class _Sample:
     @torch.no_grad()
     def _loss(self, outputs: Tensor, targets: Tensor) -> np.ndarray:
         loss = self.loss_fn(outputs, targets)
-        if loss.shape != outputs.shape[:2]:
+        if not isinstance(loss, Tensor) or loss.shape != outputs.shape[:2]:
+            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(
-                f"loss_fn must give the loss of every step, shape {tuple(outputs.shape[:2])},"
-                f" not {tuple(loss.shape)}: use reduction='none' and sum over the features"
+                f"loss_fn must give the loss of every step, a tensor of shape {tuple(outputs.shape[:2])},"
+                f" not {given}: use reduction='none' and sum over the features"
             )
         if not loss.isfinite().all():
             raise InputError("the loss is NaN or infinite on these data: check the model's weights and the targets")

@@ -171,9 +171,11 @@ def _as_type(array: np.ndarray, wanted: Any, name: str) -> np.ndarray:
     if array.ndim != len(shape) or any(d and d != a for d, a in zip(shape, array.shape, strict=True)):
         shown = " × ".join(str(d.dim_value or d.dim_param or "any") for d in wanted.shape.dim)
         raise InputError(f"the input {name!r} has shape {array.shape}, but the model reads {shown}: reshape the data")
-    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-        raise InputError(f"the input {name!r} holds NaN or infinite values: fill or remove them first")
-    return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # what is too large for the type becomes infinite
+        array = array.astype(dtype, copy=False)
+    if np.issubdtype(dtype, np.floating) and not np.isfinite(array).all():
+        raise InputError(f"the input {name!r} holds NaN or infinite values, or too large ones: correct them first")
+    return array
 
 
 def _run(model: Any, feeds: Mapping[str, np.ndarray], names: Sequence[str], path: str) -> list[np.ndarray]:

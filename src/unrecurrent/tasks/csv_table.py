@@ -4,6 +4,7 @@ import csv
 import difflib
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from unrecurrent.errors import InputError
 
 #: what separates the columns: the one of these that is most frequent in the header
 SEPARATORS = ",;\t"
+#: what else people separate columns by
+UNKNOWN_SEPARATORS = "| :"
 #: what people write where a number is missing
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
-#: how dates are written: in ISO form (empty), or so, where a time of day may follow
-FORMS = ("", "%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
-#: columns of numbers that are taken for the time by their name
+#: how dates are written; a time of day may follow
+ISO = "%Y-%m-%d"
+FORMS = (ISO, "%Y/%m/%d", "%d.%m.%Y", "%d.%m.%y", "%d-%b-%Y", "%m/%d/%Y", "%d/%m/%Y")
+#: columns that are taken for the time by their name, without case and what stands between its words
 TIME_NAMES = frozenset({"time", "timestamp", "date", "datetime", "epoch", "unix"})
 #: columns without a name are left out: they come from a separator at the end of each line
 UNNAMED = ""
@@ -57,13 +61,13 @@ class CsvTable:
         return values
 
     def is_numeric(self, name: str) -> bool:
-        """Say whether the first value that is not missing is a number."""
-        return bool(np.isfinite(_number(self._first(name))))
+        """Say whether the first value that is not missing is a number; one with a comma is refused when read."""
+        return bool(np.isfinite(_number(self._first(name).replace(",", "."))))
 
     def is_time(self, name: str) -> bool:
         """Say whether the first value that is not missing is a date, or a number under a name that says time."""
         first = self._first(name)
-        return any(_date(first, form) for form in FORMS) or (name.casefold() in TIME_NAMES and self.is_numeric(name))
+        return any(_date(first, form) for form in FORMS) or (called_time(name) and self.is_numeric(name))
 
     def times(self, name: str) -> list[list[float]]:
         """Return what a column of dates can mean in seconds: one list, or two where day and month may be either.
@@ -79,7 +83,7 @@ class CsvTable:
             fault = max(map(len, begun))
             raise InputError(
                 f"{column[fault]!r} in line {self.lines[fault]} of {self.path} is no date: write the column {name!r} in"
-                " ISO form, as in 2026-01-31 or 2026-01-31 12:00:00"
+                " ISO form, as in 2026-01-31 or 2026-01-31 12:00:00, or rename it if it is not the time"
             )
         return readings
 
@@ -91,7 +95,17 @@ class CsvTable:
         text, where = self.columns[name][row], f"line {self.lines[row]} of {self.path}"
         if text.lower() in MISSING:
             return InputError(f"the column {name!r} has no value in {where}: fill it in, or leave the column out")
-        return InputError(f"{text!r} in the column {name!r}, {where}, is not a finite number: correct it")
+        remedy = "write decimals with a point" if "," in text else "correct it"
+        return InputError(f"{text!r} in the column {name!r}, {where}, is not a finite number: {remedy}")
+
+
+def called_time(name: str) -> bool:
+    """Say whether the name of a column says that it holds the time.
+
+    >>> called_time("Date Time"), called_time("load")
+    (True, False)
+    """
+    return re.sub(r"[\W_]", "", name.casefold()) in TIME_NAMES
 
 
 def _number(text: str) -> float:
@@ -102,13 +116,19 @@ def _number(text: str) -> float:
 
 
 def _date(text: str, form: str) -> datetime | None:
-    """Return a date written in ISO form (where `form` is empty) or as `form` says; `None` if it is none."""
-    if not form:
-        return iso_date(text)
-    day, _, clock = text.partition(" ")
-    clock_form = "%H:%M:%S" if clock.count(":") > 1 else "%H:%M"
+    """Return a date written as `form` says, any time of day behind it; `None` if it is none.
+
+    >>> _date("31-Jan-2026 3:30 PM", "%d-%b-%Y"), _date("2026/01/31T15:30", "%Y/%m/%d")
+    (datetime.datetime(2026, 1, 31, 15, 30), datetime.datetime(2026, 1, 31, 15, 30))
+    """
+    if form == ISO and (date := iso_date(text)):
+        return date
+    day, *after = re.split(r"[ T]+(?=\d)", text, maxsplit=1)
+    clock = after[0].replace(" ", "") if after else "0:00"
+    halves = clock[-1] in "mM"  # a day of two halves, am and pm
+    clock_form = ("%I:%M" if halves else "%H:%M") + ":%S" * (clock.count(":") > 1) + "%p" * halves
     try:
-        return datetime.strptime(f"{day} {clock or '0:00'}", f"{form} {clock_form}")
+        return datetime.strptime(f"{day} {clock}", f"{form} {clock_form}")
     except ValueError:
         return None
 
@@ -149,7 +169,8 @@ def read_csv(path: Path) -> CsvTable:
     """
     text = _read_text(path)
     first = text.split("\n", 1)[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(SEPARATORS, key=first.count))
+    separator = max(SEPARATORS, key=first.count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         header = [name.strip() for name in next(rows)]
         filled = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
@@ -157,7 +178,7 @@ def read_csv(path: Path) -> CsvTable:
         raise InputError(
             f"{path} cannot be read as CSV ({error} in line {rows.line_num}): correct that line"
         ) from error
-    _check_shape(path, header, filled)
+    _check_shape(path, header, filled, separator)
     kept = [i for i, name in enumerate(header) if name != UNNAMED]
     columns = {header[i]: [row[i].strip() for _, row in filled] for i in kept}
     return CsvTable(str(path), columns, [line for line, _ in filled])
@@ -181,7 +202,7 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as CSV in UTF-8") from error
 
 
-def _check_shape(path: Path, header: list[str], rows: list[tuple[int, list[str]]]) -> None:
+def _check_shape(path: Path, header: list[str], rows: list[tuple[int, list[str]]], separator: str) -> None:
     named = [name for name in header if name != UNNAMED]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
@@ -192,6 +213,14 @@ def _check_shape(path: Path, header: list[str], rows: list[tuple[int, list[str]]
         raise InputError(f"{path} has a header and no rows: give a file with values in it")
     for line, row in rows:
         if len(row) != len(header):
+            commas = " (decimals have a point, not a comma)" if separator == "," and len(row) > len(header) else ""
             raise InputError(
                 f"line {line} of {path} has {len(row)} values and the header {len(header)} names: correct that line"
+                + commas
             )
+    (_, (first, *others)), name = rows[0], header[0]
+    mark = next((m for m in UNKNOWN_SEPARATORS if first.count(m) == name.count(m) > 0), None)
+    if mark and not others:
+        raise InputError(
+            f"the columns of {path} seem to be separated by {mark!r}: separate them by commas, semicolons or tabs"
+        )

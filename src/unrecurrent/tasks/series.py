@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from unrecurrent.errors import InputError
-from unrecurrent.tasks.csv_table import CsvTable, read_csv
+from unrecurrent.tasks.csv_table import CsvTable, called_time, read_csv
 from unrecurrent.tasks.task import SPLITS, Example, Metric, Split, Task
 
 PREFIX = "series:"
@@ -24,6 +24,8 @@ TRAIN_SHARE, VALID_SHARE = 0.70, 0.15
 FEWEST = 8
 #: the longest window considered when none is named, if the training part is at least eight times as long
 LONGEST = 256
+#: standardised values beyond this cannot be squared in float32
+FARTHEST = 1e18
 #: validation and test parts longer than this are cut: it bounds the memory of scoring
 SCORED_PIECE = 16_384
 
@@ -58,10 +60,19 @@ class Scale:
             scale = cls(values.mean(axis=0), values.std(axis=0))
         if not (np.isfinite(scale.mean).all() and np.isfinite(scale.std).all()):
             raise InputError("a column holds numbers too large to be squared: give it in a larger unit")
+        if not scale.std.all():
+            raise InputError("a column holds numbers too small to be squared: give it in a smaller unit")
         return scale
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        return (values - self.mean) / self.std
+        with np.errstate(over="ignore"):
+            scaled = (values - self.mean) / self.std
+        if np.abs(scaled).max(initial=0) > FARTHEST:
+            raise InputError(
+                f"a column holds numbers more than {FARTHEST:g} standard deviations of its training part away from its"
+                " mean: correct them"
+            )
+        return scaled
 
 
 class SeriesTask(Task):
@@ -299,13 +310,21 @@ class SeriesFile(SeriesTask):
         if self.id_column is None:
             return {"": np.arange(len(self.table.lines))}
         names = np.array(self.table.column(self.id_column))
+        unnamed = np.flatnonzero(names == "")
+        if len(unnamed):
+            line = self.table.lines[unnamed[0]]
+            raise InputError(
+                f"line {line} of {self.table.path} has no {self.id_column!r} to tell its series by: fill it in"
+            )
         return {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
 
     def _check_rows(self, rows: Mapping[str, np.ndarray], horizon: int) -> None:
-        needed = next(n for n in range(1, 100 * (horizon + FEWEST)) if _shortest_part(n) >= horizon + FEWEST)
         for name, own in rows.items():
+            whose = f"the series {name!r} in {self.table.path}" if name else self.table.path
+            if len(own) <= horizon:
+                raise InputError(f"{whose} has {len(own)} rows, none of them {horizon} steps ahead: lower the horizon")
+            needed = _fewest_rows(horizon + FEWEST)
             if len(own) < needed:
-                whose = f"the series {name!r} in {self.table.path}" if name else self.table.path
                 advice = "a smaller horizon or a longer series" if horizon > 1 else "a longer series"
                 raise InputError(
                     f"{whose} has {len(own)} rows and a horizon of {horizon} needs at least {needed}, so that training,"
@@ -368,16 +387,21 @@ def _whole(options: Mapping[str, Sequence[str]], key: str, default: int, least: 
 
 
 def _find_time(table: CsvTable, used: set[str | None]) -> str | None:
-    """Return the first column that says when its row was measured, of those not used for something else."""
-    return next((name for name in table.columns if name not in used and table.is_time(name)), None)
+    """Return the first column that says when its row was measured, of those not used for something else.
+
+    One that is only called so is taken as well, to be refused: rows out of order would go unnoticed.
+    """
+    free = [name for name in table.columns if name not in used]
+    return next((name for check in (table.is_time, called_time) for name in free if check(name)), None)
 
 
 def _check_varies(values: np.ndarray, column: str, series: str, *, is_target: bool) -> None:
     own = f" of the series {series!r}" if series else ""
     remedy = "there is nothing to predict; name another target" if is_target else "leave it out"
-    if np.ptp(values) == 0:
+    if values.min() == values.max():
         raise InputError(f"the column {column!r}{own} is constant: {remedy}")
-    if np.ptp(values[: round(TRAIN_SHARE * len(values))]) == 0:
+    train = values[: round(TRAIN_SHARE * len(values))]
+    if train.min() == train.max():
         raise InputError(f"the column {column!r}{own} does not change in the training part (the first 70 %): {remedy}")
 
 
@@ -388,6 +412,16 @@ def _bounds(rows: int) -> tuple[int, int]:
 def _shortest_part(rows: int) -> int:
     first, second = _bounds(rows)
     return min(first, second - first, rows - second)
+
+
+def _fewest_rows(steps: int) -> int:
+    """Return how many rows a series needs so that each part has at least so many.
+
+    >>> [(_fewest_rows(n), _shortest_part(_fewest_rows(n)), _shortest_part(_fewest_rows(n) - 1)) for n in (8, 10**6)]
+    [(52, 8, 7), (6666666, 1000000, 999999)]
+    """
+    near = int(steps / VALID_SHARE)  # rounding moves each part by less than a row, which is seven of the whole
+    return next(n for n in range(max(1, near - 14), near + 15) if _shortest_part(n) >= steps)
 
 
 def split_by_time(part: Part, bounds: tuple[int, int] | None = None) -> dict[Split, Part]:
