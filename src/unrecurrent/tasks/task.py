@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from unrecurrent.digests import tensor_digest
+from unrecurrent.digests import tensor_digest, text_digest
 from unrecurrent.errors import InputError
 
 Split = Literal["train", "valid", "test"]
@@ -59,7 +59,11 @@ class Source:
     """One file of a data set: its name below the data folder, its public home, and what it must contain.
 
     Where `member` is set, `url` is a zip or a gzipped tar archive and the file is that member of it; where `by_hand` is
-    set, `url` is the page on which a reader finds the file.
+    set, `url` is the page on which a reader finds the file. Where `packed` is set, `sha256` is that of the content of a
+    gzip file, which differs with the program that wrote it.
+
+    With `files` above 1 it is so many files at once: the last parts of `path` and `member` are patterns such as
+    `*.wav`, and `sha256` is that of what `LC_ALL=C sha256sum PATTERN` prints in their folder.
     """
 
     path: str
@@ -68,6 +72,13 @@ class Source:
     licence: str
     member: str | None = None
     by_hand: bool = False
+    packed: bool = False
+    files: int = 1
+
+    def found(self, root: Path) -> list[Path]:
+        """Return the files that are there below a data folder, by name."""
+        path = root / self.path
+        return sorted(path.parent.glob(path.name)) if self.files > 1 else [path] * path.is_file()
 
 
 class Example(NamedTuple):
@@ -97,6 +108,8 @@ class Task(ABC):
     #: predictions are one of so many symbols that the logits of a whole batch are never made at once
     large_vocabulary: bool = False
     sources: tuple[Source, ...] = ()
+    #: drawn from a seed rather than read from files
+    generated: bool = False
     #: what one step is called in a sentence ("chord", "character")
     step_noun: str = "step"
     #: the best epoch is the one with the best validation metric, not the one with the lowest validation loss
@@ -141,6 +154,15 @@ class Task(ABC):
 def shifted(sequence: Tensor) -> Example:
     """Return the example that predicts each element of a sequence from those before it."""
     return Example(sequence[:-1], sequence[1:])
+
+
+def drawn_by_name(names: Sequence[str], seed: str) -> list[str]:
+    """Return names in the order of their hashes with a seed: a draw that no release of any library changes.
+
+    >>> drawn_by_name(["a", "b", "c"], "seed")
+    ['c', 'a', 'b']
+    """
+    return sorted(names, key=lambda name: text_digest(f"{seed} {name}"))
 
 
 def last_step(example: Example) -> Tensor:
