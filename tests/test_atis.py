@@ -1,5 +1,7 @@
 """ATIS: words in, tags out, judged by whole slots."""
 
+import sys
+
 import pytest
 import torch
 
@@ -81,3 +83,9 @@ def test_damaged_files_are_one_sentence(lines, words, tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match="unrecurrent data get atis"):
         get_task("atis", data_dir=tmp_path).load("test")
+
+
+def test_without_seqeval_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
+    with pytest.raises(InputError, match=r"unrecurrent\[slots\]"):
+        slot_f1([["O"]], [["O"]])

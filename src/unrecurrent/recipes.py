@@ -104,9 +104,9 @@ def _convolutions(layers: int, kernel_size: int) -> Settings:
     return {"layers": layers, "kernel_size": kernel_size}
 
 
-# Tasks whose answer may lie as far back as the sequence is long. The temporal convolutions are those of Bai et al. (2018)
-# and see more than 3,000 steps; gated convolutions have no dilation and a window has few weights for each input: at the
-# same number of parameters they see little of such a sequence.
+# Tasks whose answer may lie as far back as the sequence is long. The `tcn` has the layers of Bai et al. (2018) and sees
+# more than 3,000 steps; gated convolutions have no dilation and a window has weights of its own for each input: with as
+# few parameters they see little of such a sequence. None of these was tuned.
 _ANSWERS = TrainingConfig(epochs=2, learning_rate=3e-3, batch_size=32, schedule="cosine")
 _LONG = {"window": {"k": 256}, "tcn": _convolutions(8, 7), "gated_conv": _convolutions(4, 5)}
 _COPY = TrainingConfig(epochs=4, learning_rate=2e-3, batch_size=32, schedule="cosine")
