@@ -11,7 +11,7 @@ from unrecurrent.recipes import TrainingConfig
 from unrecurrent.task_memory import measure_on_task
 from unrecurrent.tasks.symbols import ACCURACY, SymbolTask
 from unrecurrent.tasks.task import Example, Metric, last_step
-from unrecurrent.training import TrainingRun, assess, evaluate, losses, task_interface, training_batches
+from unrecurrent.training import TrainingRun, assess, batch_count, evaluate, losses, task_interface, training_batches
 
 
 class Recall(SymbolTask):
@@ -90,6 +90,7 @@ def test_epochs_differ_in_order_but_not_in_what_they_hold(task):
     config = TrainingConfig(batch_size=7)
     epochs = [list(training_batches(task, task.load("train"), config, epoch)) for epoch in (0, 1)]
     assert [sum(b.steps for b in batches) for batches in epochs] == [100, 100]
+    assert [len(batches) for batches in epochs] == [batch_count(task, task.load("train"), config)] * 2
 
 
 def test_masks_that_do_not_fit_are_one_sentence(task):

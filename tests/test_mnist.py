@@ -61,6 +61,14 @@ def test_the_permutation_is_the_same_for_everybody(tmp_path):
     assert not torch.equal(plain, permuted)
 
 
+def test_a_changed_image_is_other_data(tmp_path):
+    write_mnist(tmp_path)
+    digests = [get_task(name, data_dir=tmp_path).digest() for name in ("mnist", "permuted-mnist")]
+    write_mnist(tmp_path, test=8)
+    digests += [get_task(name, data_dir=tmp_path).digest() for name in ("mnist", "permuted-mnist")]
+    assert len(set(digests)) == 4
+
+
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [

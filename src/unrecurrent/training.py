@@ -118,6 +118,13 @@ def training_batches(
         yield from sequence_batches(examples, config.batch_size, generator, task.mask)
 
 
+def batch_count(task: Task, examples: Sequence[Example], config: TrainingConfig) -> int:
+    """Return how many batches an epoch has, without padding sequences to find out."""
+    if task.stream:
+        return sum(1 for _ in training_batches(task, examples, config))
+    return -(-len(examples) // config.batch_size)
+
+
 def losses(task: Task, outputs: Tensor, batch: Batch) -> Tensor:
     """Return the loss in nats of each step that counts, as one flat tensor."""
     loss = task.loss(outputs, batch.targets)
@@ -287,7 +294,7 @@ class TrainingRun:
         self.best = _copied(self.model.state_dict())
         self.examples: dict[Split, Sequence[Example]] = {s: self.task.load(s) for s in ("train", "valid")}
         self.sampler = word_sampler(self.task, self.examples["train"], self.config)
-        self.batches_per_epoch = sum(1 for _ in self._epoch_batches(0))
+        self.batches_per_epoch = batch_count(self.task, self.examples["train"], self.config)
         if self.folder is not None:
             make_folder(self.folder)
             if (self.folder / TRAINING).exists():

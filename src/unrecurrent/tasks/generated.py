@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from unrecurrent.digests import text_digest
 from unrecurrent.errors import InputError
 from unrecurrent.tasks.task import Example, Split, Task
+
+#: raised whenever other sequences are drawn under the same names
+_FORM = 1
 
 
 class GeneratedTask(Task):
@@ -47,6 +51,10 @@ class GeneratedTask(Task):
         if split not in self._splits:
             self._splits[split] = self.draw(self.sizes[split], _random(f"{self.name} {split}"))
         return self._splits[split]
+
+    def digest(self) -> str:
+        """Return a fingerprint of what decides the sequences, without drawing them."""
+        return text_digest(f"{_FORM} {self.name} {self.sizes}")
 
     @abstractmethod
     def draw(self, count: int, random: np.random.RandomState) -> Sequence[Example]:

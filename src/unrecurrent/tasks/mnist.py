@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unrecurrent.digests import tensor_digest
 from unrecurrent.errors import InputError
 from unrecurrent.tasks.symbols import ACCURACY, SymbolTask
-from unrecurrent.tasks.task import Example, Source, Split, data_folder, last_step, missing
+from unrecurrent.tasks.task import SPLITS, Example, Source, Split, data_folder, last_step, missing
 
 _HOME = "https://ossci-datasets.s3.amazonaws.com/mnist"
 #: of what is packed: gzip files differ with the program that wrote them
@@ -53,6 +54,19 @@ class MNIST(SymbolTask):
 
     def load(self, split: Split) -> Sequence[Example]:
         """Return the images of a split; raises `InputError` if a file is missing or holds something else."""
+        images, labels = self._split(split)
+        pixels = torch.from_numpy(images.reshape(-1, SIDE * SIDE)[:, self.order]).float()[..., None] / 255
+        answers = torch.from_numpy(labels).long()
+        return [Example(x, y.expand(len(x))) for x, y in zip(pixels, answers, strict=True)]
+
+    def digest(self) -> str:
+        """Return a fingerprint of images, labels and order, read as bytes."""
+        arrays = ((split, array) for split in SPLITS for array in self._split(split))
+        named = ((name, torch.from_numpy(array)) for name, array in arrays)
+        return tensor_digest([("order", torch.from_numpy(self.order)), *named])
+
+    def _split(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """Return images `(N, 28, 28)` and labels `(N,)` of a split, uint8."""
         stem = "t10k" if split == "test" else "train"
         images = self._read(f"{stem}-images-idx3-ubyte", (SIDE, SIDE))
         labels = self._read(f"{stem}-labels-idx1-ubyte", ())
@@ -64,9 +78,7 @@ class MNIST(SymbolTask):
             raise InputError(f"the {stem} labels of MNIST hold {labels.max()}, which is no digit: get the file again")
         cut = len(images) - len(images) // VALID_SHARE
         part = {"train": slice(cut), "valid": slice(cut, None), "test": slice(None)}[split]
-        pixels = torch.from_numpy(images[part].reshape(-1, SIDE * SIDE)[:, self.order]).float()[..., None] / 255
-        answers = torch.from_numpy(labels[part]).long()
-        return [Example(x, y.expand(len(x))) for x, y in zip(pixels, answers, strict=True)]
+        return images[part], labels[part]
 
     def mask(self, example: Example) -> Tensor:
         return last_step(example)
