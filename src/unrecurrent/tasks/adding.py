@@ -1,13 +1,14 @@
 """The adding problem `adding`: the sum of the two marked numbers of a sequence (Hochreiter and Schmidhuber 1997)."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unrecurrent.tasks.generated import GeneratedTask
-from unrecurrent.tasks.task import Example, Metric, last_step, squared_error
+from unrecurrent.tasks.task import Example, Metric, Split, last_step, squared_error
 
 #: sequences drawn at a time, so that their float64 numbers are never all there at once
 _BLOCK = 1_000
@@ -26,7 +27,7 @@ class AddingTask(GeneratedTask):
     """
 
     base, default = "adding", 600
-    sizes = {"train": 50_000, "valid": 1_000, "test": 1_000}  # noqa: RUF012
+    sizes: ClassVar[dict[Split, int]] = {"train": 50_000, "valid": 1_000, "test": 1_000}
     metric = Metric("mse", "lower", "squared error of the sum")
     features = 2
     outputs = 1

@@ -1,13 +1,14 @@
 """The copy memory task `copy`: repeat ten symbols after a long blank (Hochreiter and Schmidhuber 1997)."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from unrecurrent.tasks.generated import GeneratedTask
 from unrecurrent.tasks.symbols import SymbolTask
-from unrecurrent.tasks.task import Example, Metric
+from unrecurrent.tasks.task import Example, Metric, Split
 
 #: symbols to remember; 0 is the blank, 1 … 8 are symbols, 9 asks for them
 RECALLED, SYMBOLS, ASK = 10, 8, 9
@@ -27,7 +28,7 @@ class CopyTask(GeneratedTask, SymbolTask):
     """
 
     base, default, least = "copy", 1000, 1
-    sizes = {"train": 10_000, "valid": 1_000, "test": 1_000}  # noqa: RUF012
+    sizes: ClassVar[dict[Split, int]] = {"train": 10_000, "valid": 1_000, "test": 1_000}
     metric = Metric("nll", "lower", "nats a step")
     vocabulary = outputs = SYMBOLS + 2
 

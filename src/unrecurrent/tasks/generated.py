@@ -3,6 +3,7 @@
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class GeneratedTask(Task):
     #: the shortest length there is a task for
     least: int = 2
     #: how many sequences a split has
-    sizes: dict[Split, int]
+    sizes: ClassVar[dict[Split, int]]
     generated = True
 
     def __init__(self, name: str) -> None:
