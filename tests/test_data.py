@@ -20,6 +20,8 @@ from unrecurrent import data
 from unrecurrent.download import Unreachable, download
 from unrecurrent.errors import InputError
 from unrecurrent.tasks import chorales, jsb
+from unrecurrent.tasks.digits import Digits
+from unrecurrent.tasks.mnist import MNIST
 from unrecurrent.tasks.ptb_char import PTBChar
 from unrecurrent.tasks.task import Source
 
@@ -327,6 +329,56 @@ def test_a_damaged_archive_is_thrown_away(content: bytes, words: str, tiny_ptb: 
     assert list((tmp_path / "ptb-char").iterdir()) == []
 
 
+@pytest.fixture
+def tiny_digits(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Three recordings of one speaker, and another speaker's, in a zip."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name in ("0_jackson_1.wav", "0_jackson_0.wav", "1_jackson_0.wav", "0_theo_0.wav"):
+            file.writestr(f"all/recordings/{name}", name.encode())
+    server.files["all.zip"] = packed.getvalue()
+    names = ("0_jackson_0.wav", "0_jackson_1.wav", "1_jackson_0.wav")
+    printed = "".join(f"{sha256(name.encode())}  {name}\n" for name in names)  # as sha256sum does
+    member = "all/recordings/*_jackson_*.wav"
+    source = Source(
+        "digits/*_jackson_*.wav", server.url("all.zip"), sha256(printed.encode()), "none", member=member, files=3
+    )
+    monkeypatch.setattr(Digits, "sources", (source,))
+    return server
+
+
+def test_many_files_of_one_source_come_and_are_checked_together(tiny_digits: Server, tmp_path: Path) -> None:
+    assert [file.state for file in data.check("digits", tmp_path)] == ["missing"]
+    data.fetch("digits", tmp_path)
+    found = sorted(path.name for path in (tmp_path / "digits").iterdir())
+    assert found == ["0_jackson_0.wav", "0_jackson_1.wav", "1_jackson_0.wav"]
+    (checked,) = data.check("digits", tmp_path)
+    assert (checked.state, checked.path) == ("ready", tmp_path / "digits" / "*_jackson_*.wav")
+    data.fetch("digits", tmp_path)
+    assert len(tiny_digits.asked) == 1
+    (tmp_path / "digits" / "0_jackson_1.wav").write_bytes(b"other")
+    assert data.check("digits", tmp_path)[0].state == "damaged"
+    with pytest.raises(InputError, match="move it away and run again"):
+        data.fetch("digits", tmp_path)
+    (tmp_path / "digits" / "0_jackson_1.wav").unlink()
+    assert [file.state for file in data.listing(tmp_path) if file.task == "digits"] == ["missing"]
+    data.fetch("digits", tmp_path)
+    assert data.check("digits", tmp_path)[0].state == "ready"
+
+
+def test_a_packed_file_is_known_by_what_is_in_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["x.gz"] = gzip.compress(CONTENT, compresslevel=1)
+    source = Source("mnist/x.gz", server.url("x.gz"), sha256(CONTENT), "none", packed=True)
+    monkeypatch.setattr(MNIST, "sources", (source,))
+    (path,) = data.fetch("mnist", tmp_path)
+    path.write_bytes(gzip.compress(CONTENT, compresslevel=9))
+    assert data.check("mnist", tmp_path)[0].state == "ready"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert data.check("mnist", tmp_path)[0].state == "damaged"
+
+
 # --- names, the chorales, the real files ------------------------------------------------------------------------
 
 
@@ -369,7 +421,7 @@ def test_the_bar_accepts_what_fetch_reports(capsys: pytest.CaptureFixture[str]) 
     assert "b.bin" in shown.err
 
 
-@pytest.mark.parametrize("name", ["jsb", "ptb-char"])
+@pytest.mark.parametrize("name", ["jsb", "nottingham", "musedata", "piano", "ptb-char"])
 def test_the_published_checksums_are_those_of_the_standard_files(name: str, data_dir: Path) -> None:
     checked = data.check(name, data_dir)
     if any(file.state == "missing" for file in checked):

@@ -9,7 +9,7 @@ SIGNATURES = {
     "stabilize": ["module", "rate", "method", "inputs", "input_bound", "embedding", "coupled", "optimizer"],
     "measure_memory": [
         *("model", "data", "loss_fn", "ks", "longest", "positions", "delta", "seed"),
-        *("scale", "exponential", "layers", "exponents", "steps", "progress"),
+        *("scale", "exponential", "masks", "layers", "exponents", "steps", "progress"),
     ],
     "run_parallel": ["module", "x", "h0", "tol", "chunks", "warmup", "verify", "certificate", "out"],
     "truncate": ["module", "k"],

@@ -121,12 +121,23 @@ def write_mat(folder: Path, **fields: object) -> Path:
     return path
 
 
-def test_jsb_has_the_published_counts(data_dir: Path) -> None:
-    need(data_dir, "polymusic/JSB_Chorales.mat")
-    task = get_task("jsb", data_dir=data_dir)
+@pytest.mark.parametrize(
+    ("name", "file", "pieces", "chords"),
+    [
+        ("jsb", "JSB_Chorales.mat", [229, 76, 77], [13_807, 4_602, 4_725]),
+        ("nottingham", "Nottingham.mat", [694, 173, 170], [176_561, 45_513, 44_463]),
+        ("musedata", "MuseData.mat", [524, 135, 124], [245_202, 82_755, 64_339]),
+        ("piano", "Piano_midi.mat", [87, 12, 25], [75_911, 8_540, 19_036]),
+    ],
+)
+def test_piano_rolls_have_the_published_counts(
+    name: str, file: str, pieces: list[int], chords: list[int], data_dir: Path
+) -> None:
+    need(data_dir, f"polymusic/{file}")
+    task = get_task(name, data_dir=data_dir)
     loaded = {split: task.load(split) for split in SPLITS}
-    assert [len(loaded[split]) for split in SPLITS] == [229, 76, 77]
-    assert [sum(len(e.inputs) + 1 for e in loaded[split]) for split in SPLITS] == [13_807, 4_602, 4_725]
+    assert [len(loaded[split]) for split in SPLITS] == pieces
+    assert [sum(len(e.inputs) + 1 for e in loaded[split]) for split in SPLITS] == chords
 
 
 def test_a_roll_is_predicted_from_its_second_chord_on(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_direction_of_the_metric_is_respected():
     assert decide(forward_wins, HIGHER, "pixel").answer == "no"
 
 
+def test_losses_close_to_zero_are_told_apart_from_it():
+    verdict = decide(
+        [model("lstm", True, [2e-2, 2.1e-2]), model("tcn", False, [3.5e-5, 3.5e-5], reach=99)], LOWER, "step"
+    )
+    assert "lstm 0.0205 ± 0.0007 against tcn 0.0000350 ± 0.0000000" in verdict.text
+    assert verdict.answer == "no"
+
+
 @pytest.mark.parametrize(
     ("recurrent", "forward"),
     [([8.5], [8.4]), ([8.5, 8.9], [8.6, 8.8]), ([8.50, 8.51], [8.58, 8.59])],

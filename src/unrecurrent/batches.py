@@ -1,6 +1,6 @@
 """Batches: whole sequences padded to a common length, or a stream folded into columns and read in pieces."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from unrecurrent.tasks.task import Example
+
+#: which steps of a sequence count (`None`: all)
+Mask = Callable[[Example], Tensor | None]
 
 #: a stream is scored in this many columns at most, none shorter than this many steps
 MOST_COLUMNS, SHORTEST_COLUMN = 16, 2_048
@@ -17,13 +20,20 @@ MOST_COLUMNS, SHORTEST_COLUMN = 16, 2_048
 class Batch:
     """`inputs` and `targets` `(B, T, …)`; `mask` `(B, T)` is true where a step counts (`None`: everywhere).
 
-    `fresh` says that the batch starts new sequences: a model that carries state starts it anew.
+    `fresh` says that the batch starts new sequences: a model that carries state starts it anew. `read` is the number of
+    inputs that are no padding (`None`: as many as steps count).
     """
 
     inputs: Tensor
     targets: Tensor
     mask: Tensor | None
     fresh: bool
+    read: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The number of inputs that are no padding."""
+        return self.steps if self.read is None else self.read
 
     @property
     def steps(self) -> int:
@@ -32,18 +42,26 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         mask = self.mask.to(device) if self.mask is not None else None
-        return Batch(self.inputs.to(device), self.targets.to(device), mask, self.fresh)
+        return Batch(self.inputs.to(device), self.targets.to(device), mask, self.fresh, self.read)
 
 
-def padded(examples: Sequence[Example]) -> Batch:
-    """Return sequences of any lengths as one batch, zeros after the end of the shorter ones."""
+def padded(examples: Sequence[Example], mask_of: Mask = lambda example: None) -> Batch:
+    """Return sequences of any lengths as one batch, zeros after the end of the shorter ones, which do not count.
+
+    >>> first = padded([Example(torch.ones(2), torch.ones(2)), Example(torch.ones(3), torch.ones(3))])
+    >>> first.mask.tolist(), first.steps
+    ([[True, True, False], [True, True, True]], 5)
+    """
     inputs = pad_sequence([e.inputs for e in examples], batch_first=True)
     targets = pad_sequence([e.targets for e in examples], batch_first=True)
     lengths = torch.tensor([len(e.inputs) for e in examples])
     mask = None
     if not bool((lengths == lengths[0]).all()):
         mask = torch.arange(inputs.shape[1]) < lengths[:, None]
-    return Batch(inputs, targets, mask, fresh=True)
+    counting = [m for example in examples if (m := mask_of(example)) is not None]
+    if counting:  # of a task that masks, every sequence has a mask
+        mask = pad_sequence(counting, batch_first=True)
+    return Batch(inputs, targets, mask, fresh=True, read=int(lengths.sum()))
 
 
 def length_groups(lengths: Sequence[int], size: int, generator: torch.Generator | None) -> list[list[int]]:
@@ -62,11 +80,14 @@ def length_groups(lengths: Sequence[int], size: int, generator: torch.Generator 
 
 
 def sequence_batches(
-    examples: Sequence[Example], size: int, generator: torch.Generator | None = None
+    examples: Sequence[Example],
+    size: int,
+    generator: torch.Generator | None = None,
+    mask_of: Mask = lambda example: None,
 ) -> Iterator[Batch]:
     """Yield every sequence once, in batches of similar length."""
     for group in length_groups([len(e.inputs) for e in examples], size, generator):
-        yield padded([examples[i] for i in group])
+        yield padded([examples[i] for i in group], mask_of)
 
 
 def scoring_columns(steps: int) -> int:

@@ -155,7 +155,7 @@ def train(
     from unrecurrent.progress import progress_bars, updater
     from unrecurrent.recipes import default_parameters, find_recipe
     from unrecurrent.tasks import get_task
-    from unrecurrent.training import TrainingRun, evaluate, task_interface
+    from unrecurrent.training import TrainingRun, assess, task_interface
 
     contender = Contender.parse(model)
     found = get_task(task, data_dir=data_dir)
@@ -175,12 +175,12 @@ def train(
     with progress_bars() as bars:
         trained = run.run(updater(bars, bars.add_task(contender.label, total=1.0, start=False, info="")))
     metric = found.metric
-    scores = {s: metric.of(evaluate(trained, found, found.load(s))) for s in ("valid", "test")}
+    scores = {s: assess(trained, found, found.load(s)).metric for s in ("valid", "test")}
     if as_json:
         _print_json({"checkpoint": str(out), "metric": metric.name, "unit": metric.unit, **scores})
     else:
-        print(f"{contender.label} on {found.name}: {metric.name} {scores['test']:.4f} {metric.unit} on test,")
-        print(f"{scores['valid']:.4f} on validation (epoch {run.progress.best_epoch}). Checkpoint: {out}")
+        print(f"{contender.label} on {found.name}: {metric.name} {scores['test']:.5g} {metric.unit} on test,")
+        print(f"{scores['valid']:.5g} on validation (epoch {run.progress.best_epoch}). Checkpoint: {out}")
 
 
 @app.command(epilog="Example: unrecurrent measure runs/jsb-lstm --report memory.html")

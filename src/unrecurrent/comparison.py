@@ -167,8 +167,8 @@ def compare(
     """Train models on a task at equal budget and say whether a recurrent one is needed.
 
     Equal budget: every model gets the width whose parameter count is within 5 % of `parameters`, the same
-    number of epochs over the same data and, with `trials`, the same drawn settings to choose from by
-    validation loss (a stable model takes over those of its unconstrained twin). Each is then trained from
+    number of epochs over the same data and, with `trials`, the same drawn settings to choose from on
+    validation data (a stable model takes over those of its unconstrained twin). Each is then trained from
     `seeds` seeds; test metric, speeds, peak memory and the truncation curve are measured; the verdict follows
     from them by the rules in `verdict.RULES`.
 
@@ -255,9 +255,12 @@ class _Session:
         results = iter(self._run(jobs, note="tuning "))
         best: dict[str, Recipe] = {}
         for c in distinct:
-            scored = [(next(results).get("valid_loss", math.inf), i) for i in range(trials)]
+            scored = [(self._criterion(next(results)), i) for i in range(trials)]
             best[c.label] = drawn[c.label][min(scored)[1]]
         return [self.fitted(c, best[t.label]) for c, t in zip(contenders, tuned, strict=True)]
+
+    def _criterion(self, result: Mapping[str, Any]) -> float:
+        return math.inf if "diverged" in result else self.task.criterion(result)
 
     def trained(
         self, contenders: Sequence[Contender], recipes: Sequence[Recipe], seeds: int
@@ -315,7 +318,7 @@ def certificate_on_data(model: RecurrentModel, task: Task, method: str = "best")
 
 
 def _scores(entry: Entry, split: str, metric: Metric) -> list[float]:
-    return [metric.of(result[f"{split}_loss"]) for result in entry.results]
+    return [metric.read(result, split) for result in entry.results]
 
 
 def _candidate(entry: Entry, metric: Metric) -> Candidate:

@@ -1,18 +1,22 @@
 """The files behind the tasks: list them, fetch them, check them (`unrecurrent data list|get|check`)."""
 
+import gzip
 import hashlib
+import io
 import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from unrecurrent.digests import text_digest
 from unrecurrent.download import Progress, Unreachable, download
 from unrecurrent.errors import InputError
 from unrecurrent.files import replacing
@@ -57,7 +61,8 @@ def check(name: str | None = None, folder: Path | None = None) -> list[DataFile]
     ['missing']
     """
     names = task_names() if name is None else [_known(name)]
-    return [_checked(file, source) for each in names for file, source in _files(each, folder)]
+    root = data_folder(folder)
+    return [_checked(file, source, root) for each in names for file, source in _files(each, folder)]
 
 
 def fetch(name: str, folder: Path | None = None, progress: Progress | None = None) -> list[Path]:
@@ -76,7 +81,7 @@ def fetch(name: str, folder: Path | None = None, progress: Progress | None = Non
         return [chorales.cache_path()]
     root = data_folder(folder)
     sources = get_task(name).sources
-    lacking = [source for source in sources if not _is_there(root / source.path, source)]
+    lacking = [source for source in sources if not _is_there(root, source)]
     for url in dict.fromkeys(source.url for source in lacking):  # one archive may hold several files
         _get(url, [source for source in lacking if source.url == url], root, progress)
     return [root / source.path for source in sources]
@@ -111,7 +116,8 @@ def progress_bar() -> Iterator[Progress]:
 def _known(name: str) -> str:
     if name.startswith(("text:", "series:")):
         raise InputError(f"{name!r} is a file of your own: there is nothing to get or check")
-    get_task(name)
+    if get_task(name).generated:
+        raise InputError(f"the sequences of {name!r} are drawn from a seed: there is nothing to get or check")
     return name
 
 
@@ -119,11 +125,12 @@ def _files(name: str, folder: Path | None) -> list[tuple[DataFile, Source | None
     if name == "chorales":
         return [(_chorales_file(), None)]
     root = data_folder(folder)
-    return [(_file(name, root / source.path, source), source) for source in get_task(name).sources]
+    return [(_file(name, root, source), source) for source in get_task(name).sources]
 
 
-def _file(name: str, path: Path, source: Source) -> DataFile:
-    return DataFile(name, path, "ready" if path.is_file() else "missing", source.licence, source.url)
+def _file(name: str, root: Path, source: Source) -> DataFile:
+    state: State = "ready" if len(source.found(root)) >= source.files else "missing"
+    return DataFile(name, root / source.path, state, source.licence, source.url)
 
 
 def _chorales_file() -> DataFile:
@@ -135,19 +142,20 @@ def _chorales_file() -> DataFile:
     return DataFile("chorales", path, "ready" if path.is_file() else "missing", licence, home)
 
 
-def _checked(file: DataFile, source: Source | None) -> DataFile:
+def _checked(file: DataFile, source: Source | None, root: Path) -> DataFile:
     if file.state == "missing":
         return file
     try:
-        state, note = _state_of_chorales(file.path) if source is None else _state_of(file.path, source)
+        state, note = _state_of_chorales(file.path) if source is None else _state_of(root, source)
     except InputError as error:
         state, note = "damaged", str(error)
     return replace(file, state=state, note=note)
 
 
-def _state_of(path: Path, source: Source) -> tuple[State, str]:
-    if _sha256(path) == source.sha256:
+def _state_of(root: Path, source: Source) -> tuple[State, str]:
+    if _sha256(source, source.found(root)) == source.sha256:
         return "ready", ""
+    path = root / source.path
     return "damaged", f"{path} is not the published file (its SHA-256 differs): move it away and get it again"
 
 
@@ -161,18 +169,45 @@ def _state_of_chorales(path: Path) -> tuple[State, str]:
     return "damaged", f"{path} does not hold the chorales of music21 {version}: delete that file and run again"
 
 
-def _sha256(path: Path) -> str:
+def _sha256(source: Source, paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of the files of a source, as the source states it."""
+    opened = {path.name: partial(_open, path) for path in paths}
+    return _digest(source, opened)
+
+
+def _open(path: Path) -> io.BufferedIOBase:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return path.open("rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _is_there(path: Path, source: Source) -> bool:
-    if not path.exists():
+def _digest(source: Source, files: Mapping[str, Callable[[], io.BufferedIOBase]]) -> str:
+    digests = {}
+    for name, opening in files.items():
+        with opening() as file:
+            digests[name] = _digest_of_one(file, source.packed)
+    if source.files == 1:
+        return next(iter(digests.values()), "")
+    return text_digest("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+
+
+def _digest_of_one(file: io.BufferedIOBase, packed: bool) -> str:
+    """Return the SHA-256 of a file, or of what is packed in it; no digest where nothing can be unpacked."""
+    if not packed:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with gzip.GzipFile(fileobj=file) as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return ""
+
+
+def _is_there(root: Path, source: Source) -> bool:
+    path = root / source.path
+    if len(source.found(root)) < source.files and not path.exists():
         return False
-    if _sha256(path) != source.sha256:
+    if _sha256(source, source.found(root) or [path]) != source.sha256:
         raise InputError(f"{path} is not the published file (its SHA-256 differs): move it away and run again")
     return True
 
@@ -215,7 +250,7 @@ def _by_hand(sources: Sequence[Source], folder: Path) -> str:
 
 
 def _accept(part: Path, target: Path, source: Source) -> None:
-    if _sha256(part) != source.sha256:
+    if _sha256(source, [part]) != source.sha256:
         part.unlink()
         raise InputError(
             f"what came from {source.url} is not the published file (its SHA-256 differs) and was thrown away:"
@@ -227,31 +262,42 @@ def _accept(part: Path, target: Path, source: Source) -> None:
 def _unpack(archive: Path, sources: Sequence[Source], root: Path) -> None:
     contents = _members(archive, sources)
     for source in sources:
-        content = contents.get(source.member)
-        if content is None or hashlib.sha256(content).hexdigest() != source.sha256:
+        if _digest(source, {name: partial(io.BytesIO, c) for name, c in contents[source].items()}) != source.sha256:
             archive.unlink()
             raise InputError(
                 f"what came from {source.url} does not hold the published {Path(source.path).name} and was thrown away:"
                 f" run again, or put the right file at {root / source.path}"
             )
     for source in sources:
-        with replacing(root / source.path) as temporary:
-            temporary.write_bytes(contents[source.member])
+        targets = {(root / source.path).parent / name: content for name, content in contents[source].items()}
+        for target in (target for target in targets if not target.exists()):
+            with replacing(target) as temporary:
+                temporary.write_bytes(targets[target])
     archive.unlink()
 
 
-def _members(archive: Path, sources: Sequence[Source]) -> dict[str | None, bytes]:
-    """Return the contents of the members that are wanted, and nothing else: paths in an archive are not trusted."""
-    wanted = {source.member for source in sources}
+def _members(archive: Path, sources: Sequence[Source]) -> dict[Source, dict[str, bytes]]:
+    """Return what is wanted for each source, by the names the files will have.
+
+    Paths in an archive are not trusted: a single file takes the name of its source, and of several only the last part
+    of their names is kept.
+    """
+    found: dict[Source, dict[str, bytes]] = {source: {} for source in sources}
     try:
-        entries = _zip_entries(archive) if zipfile.is_zipfile(archive) else _tar_entries(archive)
-        return {name: read() for name, read in entries if name in wanted}
+        for name, read in _zip_entries(archive) if zipfile.is_zipfile(archive) else _tar_entries(archive):
+            for source in (s for s in sources if _is_member(name, s)):
+                found[source][Path(name if source.files > 1 else source.path).name] = read()
+        return found
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, LookupError, RuntimeError) as error:
         archive.unlink()
         raise InputError(f"the archive from {sources[0].url} is damaged and was thrown away: run again") from error
 
 
-_Entries = Iterator[tuple[str | None, Callable[[], bytes]]]
+def _is_member(name: str, source: Source) -> bool:
+    return name == source.member if source.files == 1 else fnmatchcase(name, str(source.member))
+
+
+_Entries = Iterator[tuple[str, Callable[[], bytes]]]
 
 
 def _tar_entries(archive: Path) -> _Entries:

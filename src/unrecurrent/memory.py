@@ -258,6 +258,7 @@ def measure_memory(
     seed: int = 0,
     scale: float | None = None,
     exponential: bool = False,
+    masks: Sequence[Tensor] | None = None,
     layers: bool = True,
     exponents: int | Literal["all"] = 16,
     steps: int = 10_000,
@@ -287,6 +288,7 @@ def measure_memory(
         seed: seed of the sample.
         scale: what `delta` is a share of, for losses whose full value says nothing (default: the full loss).
         exponential: `delta` is a share of exp(loss): for a loss in nats that is judged as a perplexity.
+        masks: which steps of each sequence count, bool `(T,)` (default: all); positions are sampled among these.
         layers: whether to measure gradients and recurrent layers as well.
         exponents: how many Lyapunov exponents to compute, or "all".
         steps: over how many steps they are averaged.
@@ -307,8 +309,9 @@ def measure_memory(
     _check_settings(ks, counts, delta=delta, exponents=exponents, seed=seed)
     data = _pairs(data, model)
     _check(data)
+    _check_masks(masks, data)
     with _evaluating(model), _progress(progress) as say:
-        sample = _Sample(model, data, loss_fn, positions, seed)
+        sample = _Sample(model, data, loss_fn, masks, positions, seed)
         sample.reader.check_causal(max((inputs for inputs, _ in data), key=len))
         _check_scale(scale)  # last, since the variance of outputs that are NaN is none either
         taps, notes = find_taps(model) if layers else ([], [])
@@ -407,6 +410,15 @@ def _check(data: Sequence[Pair]) -> None:
             raise InputError(f"the inputs of sequence {number} hold NaN or infinite values: fill or remove them first")
 
 
+def _check_masks(masks: Sequence[Tensor] | None, data: Sequence[Pair]) -> None:
+    if masks is None:
+        return
+    if [mask.shape for mask in masks] != [inputs.shape[:1] for inputs, _ in data]:
+        raise InputError("masks do not fit the data: give one mask (T,) for each sequence (T, ...)")
+    if not any(bool(mask.any()) for mask in masks):
+        raise InputError("there is nothing to measure: no step counts by the masks given")
+
+
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode, and each module's own mode afterwards."""
@@ -478,13 +490,22 @@ def _bisect(
 class _Sample:
     """The sampled positions of a data set, and the losses there at any truncation length."""
 
-    def __init__(self, model: nn.Module, data: Sequence[Pair], loss_fn: LossFunction, count: int, seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Sequence[Pair],
+        loss_fn: LossFunction,
+        masks: Sequence[Tensor] | None,
+        count: int,
+        seed: int,
+    ):
         self.model, self.data, self.loss_fn = model, data, loss_fn
         parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
         self.device = parameter.device if parameter is not None else data[0][0].device
         self.reader = Reader(model, self.device)
         lengths = np.array([len(inputs) for inputs, _ in data])
-        chosen = np.random.default_rng(seed).permutation(lengths.sum())[:count]
+        counting = lengths.sum() if masks is None else torch.cat(list(masks)).cpu().numpy().nonzero()[0]
+        chosen = np.random.default_rng(seed).permutation(counting)[:count]
         chosen.sort()
         ends = lengths.cumsum()
         self.sequence = np.searchsorted(ends, chosen, side="right")

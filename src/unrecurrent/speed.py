@@ -3,7 +3,9 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -42,9 +44,10 @@ def measure_speed(
     Every round times all models one after another, so that a slow moment of the machine hits all alike; the median over
     rounds is reported and one round before is thrown away. The models given are not changed.
     """
-    train = _typical(list(training_batches(task, task.load("train"), training)))
-    score = _typical(list(scored_batches(task, task.load("valid"))))
-    sampler = word_sampler(task, task.load("train"), training)
+    examples = task.load("train")
+    train = _typical(partial(training_batches, task, examples, training))
+    score = _typical(partial(scored_batches, task, task.load("valid")))
+    sampler = word_sampler(task, examples, training)
     timers = {
         name: timers_of(copy.deepcopy(model), task, train, score, training, sampler) for name, model in models.items()
     }
@@ -55,15 +58,18 @@ def measure_speed(
                 took = timed(call)
                 if turn > 0:
                     kept.append(took)
-    steps = (train.steps, score.steps, GENERATED_STEPS)
+    steps = (train.tokens, score.tokens, GENERATED_STEPS)
     return {
         name: Speed(*(n / statistics.median(kept) for n, kept in zip(steps, kinds, strict=True)))
         for name, kinds in seconds.items()
     }
 
 
-def _typical(batches: Sequence[Batch]) -> Batch:
-    return sorted(batches, key=lambda batch: batch.inputs.shape[1])[len(batches) // 2]
+def _typical(batches: Callable[[], Iterator[Batch]]) -> Batch:
+    """Return the batch of median length, made twice rather than kept with all others."""
+    lengths = [batch.inputs.shape[1] for batch in batches()]
+    middle = sorted(range(len(lengths)), key=lambda i: lengths[i])[len(lengths) // 2]
+    return next(islice(batches(), middle, None))
 
 
 def timed(call: Callable[[], None]) -> float:

@@ -28,7 +28,10 @@ def memory_data(task: Task) -> list[Example]:
 
 
 def measure_on_task(model: SequenceModel, task: Task, data: Sequence[Example], **settings: Any) -> MemoryProfile:
-    """Return the memory profile of a model by the loss of its task; `settings` go to `measure_memory`."""
+    """Return the memory profile of a model by the loss of its task, at the steps that count.
+
+    `settings` go to `measure_memory`. Where predictions are judged, the curve is still that of the loss, in nats.
+    """
     exponential = task.metric.exponential
     if task.large_vocabulary:
         return measure_memory(_Features(model), data, _WordLoss(model), exponential=exponential, **settings)
@@ -37,7 +40,8 @@ def measure_on_task(model: SequenceModel, task: Task, data: Sequence[Example], *
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return scale * task.loss(outputs, targets)
 
-    return measure_memory(model, data, loss, exponential=exponential, **settings)
+    masks = [mask for example in data if (mask := task.mask(example)) is not None]
+    return measure_memory(model, data, loss, exponential=exponential, masks=masks or None, **settings)
 
 
 class _Features(nn.Module):

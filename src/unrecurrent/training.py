@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def scored_batches(task: Task, examples: Sequence[Example], size: int = 32) -> I
             columns = scoring_columns(len(example.inputs))
             yield from stream_batches(example, columns, SCORING_PIECE, whole=True)
     else:
-        yield from sequence_batches(examples, size)
+        yield from sequence_batches(examples, size, mask_of=task.mask)
 
 
 def training_batches(
@@ -115,7 +115,14 @@ def training_batches(
             yield from stream_batches(example, config.batch_size, config.piece, whole=False)
     else:
         generator = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
-        yield from sequence_batches(examples, config.batch_size, generator)
+        yield from sequence_batches(examples, config.batch_size, generator, task.mask)
+
+
+def batch_count(task: Task, examples: Sequence[Example], config: TrainingConfig) -> int:
+    """Return how many batches an epoch has, without padding sequences to find out."""
+    if task.stream:
+        return sum(1 for _ in training_batches(task, examples, config))
+    return -(-len(examples) // config.batch_size)
 
 
 def losses(task: Task, outputs: Tensor, batch: Batch) -> Tensor:
@@ -172,30 +179,61 @@ def word_sampler(task: Task, examples: Sequence[Example], config: TrainingConfig
     return WordSampler(counts, config.sampled_words)
 
 
-@torch.no_grad()
+class Scores(NamedTuple):
+    """How a model does on a split: its mean loss in nats a step that counts, and the metric of the task."""
+
+    loss: float
+    metric: float
+
+    def named(self, split: Split) -> dict[str, float]:
+        """Return both as they stand in logs and results."""
+        return {f"{split}_{name}": value for name, value in self._asdict().items()}
+
+
 def evaluate(
     model: SequenceModel, task: Task, examples: Sequence[Example], dtype: torch.dtype = torch.float32
 ) -> float:
-    """Return the mean loss in nats a predicted step, in evaluation mode; `dtype` is that of a large softmax."""
+    """Return the mean loss in nats a step that counts, in evaluation mode; `dtype` is that of a large softmax."""
+    return assess(model, task, examples, dtype).loss
+
+
+@torch.no_grad()
+def assess(model: SequenceModel, task: Task, examples: Sequence[Example], dtype: torch.dtype = torch.float32) -> Scores:
+    """Return mean loss and metric, in evaluation mode; `dtype` is that of a large softmax."""
     training = model.training
     model.eval()
     total, steps, cache = 0.0, 0, None
+    answers: list[tuple[Tensor, Tensor]] = []
     for batch in scored_batches(task, examples):
         batch = batch.to(model.device)
         if batch.fresh or cache is None:
             cache = model.init_cache(batch.inputs.shape[0])
-        found, cache = score(model, task, batch, cache, dtype)
+        if task.metric.of_predictions:
+            outputs, cache = model.advance(batch.inputs, cache)
+            found = losses(task, outputs, batch)
+            answers += _answers(outputs, batch)
+        else:
+            found, cache = score(model, task, batch, cache, dtype)
         total += float(found.double().sum())
         steps += batch.steps
     model.train(training)
-    return total / steps
+    loss = total / steps
+    return Scores(loss, task.judge(*zip(*answers, strict=True)) if answers else task.metric.of(loss))
+
+
+def _answers(outputs: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each sequence of a batch, what is predicted at the steps that count and what is right there."""
+    predicted, wanted = outputs.argmax(-1).cpu(), batch.targets.cpu()
+    if batch.mask is None:
+        return list(zip(predicted, wanted, strict=True))
+    return [(p[m], w[m]) for p, w, m in zip(predicted, wanted, batch.mask.cpu(), strict=True)]
 
 
 class TrainingRun:
     """A model being trained on a task; with a folder, interrupted at any moment it resumes to the same weights.
 
     Bit for bit holds on the same machine with the same number of threads. The folder holds `config.json` and
-    `model.safetensors` (the weights with the best validation loss), `training.safetensors` (present weights,
+    `model.safetensors` (the weights of the best epoch on validation data), `training.safetensors` (present weights,
     optimizer, generator, carried state) and `log.jsonl`.
     """
 
@@ -256,7 +294,7 @@ class TrainingRun:
         self.best = _copied(self.model.state_dict())
         self.examples: dict[Split, Sequence[Example]] = {s: self.task.load(s) for s in ("train", "valid")}
         self.sampler = word_sampler(self.task, self.examples["train"], self.config)
-        self.batches_per_epoch = sum(1 for _ in self._epoch_batches(0))
+        self.batches_per_epoch = batch_count(self.task, self.examples["train"], self.config)
         if self.folder is not None:
             make_folder(self.folder)
             if (self.folder / TRAINING).exists():
@@ -275,7 +313,7 @@ class TrainingRun:
             began = time.perf_counter()
             loss = self._train_on(batch.to(self.device))
             progress.batch, progress.step = index + 1, progress.step + 1
-            progress.tokens += batch.steps
+            progress.tokens += batch.tokens
             progress.loss_sum += loss * batch.steps
             progress.loss_steps += batch.steps
             progress.seconds += time.perf_counter() - began
@@ -314,9 +352,11 @@ class TrainingRun:
     def _end_epoch(self, report: Report | None) -> None:
         progress = self.progress
         self.model.settle()
-        valid = evaluate(self.model, self.task, self.examples["valid"], _DTYPES[self.config.softmax])
-        if valid < progress.best_loss:
-            progress.best_loss, progress.best_epoch, progress.worse_epochs = valid, progress.epoch + 1, 0
+        valid = assess(self.model, self.task, self.examples["valid"], _DTYPES[self.config.softmax])
+        named = valid.named("valid")
+        best = min(map(self.task.criterion, progress.history), default=math.inf)
+        if self.task.criterion(named) < best:
+            progress.best_loss, progress.best_epoch, progress.worse_epochs = valid.loss, progress.epoch + 1, 0
             self.best = _copied(self.model.state_dict())
         else:
             progress.worse_epochs += 1
@@ -325,7 +365,7 @@ class TrainingRun:
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "train_loss": progress.loss_sum / progress.loss_steps,
-            "valid_loss": valid,
+            **named,
             "learning_rate": self.learning_rate(),
             "seconds": round(progress.seconds, 3),
         }
@@ -405,7 +445,7 @@ class TrainingRun:
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
         if self.board is not None:
-            for name in ("train_loss", "valid_loss", "learning_rate"):
+            for name in ("train_loss", "valid_loss", "valid_metric", "learning_rate"):
                 self.board.add_scalar(name, record[name], int(record["step"]))
 
 

@@ -103,8 +103,11 @@ def _best(candidates: Sequence[Candidate], sign: int) -> Candidate | None:
 
 def _figures(recurrent: Candidate, forward: Candidate, unit: str) -> str:
     def figure(c: Candidate) -> str:
-        spread = f" ± {stdev(c.test):.3f}" if len(c.test) > 1 else ""
-        return f"{c.name} {mean(c.test):.3f}{spread}"
+        middle = mean(c.test)
+        # Three digits behind the point, and at least three that say something: some losses come close to zero.
+        decimals = max(3, 2 - math.floor(math.log10(abs(middle)))) if middle else 3
+        spread = f" ± {stdev(c.test):.{decimals}f}" if len(c.test) > 1 else ""
+        return f"{c.name} {middle:.{decimals}f}{spread}"
 
     return f"{figure(recurrent)} against {figure(forward)} {unit}"
 

@@ -20,7 +20,7 @@ from unrecurrent.errors import Diverged, InputError
 from unrecurrent.files import write_text
 from unrecurrent.models import parameter_count
 from unrecurrent.tasks import get_task
-from unrecurrent.training import TrainingConfig, TrainingRun, evaluate
+from unrecurrent.training import TrainingConfig, TrainingRun, assess
 
 RESULT = "result.json"
 RESULT_KEYS = {"model", "seed", "parameters", "valid_loss", "test_loss", "tokens", "minutes", "history"}
@@ -94,8 +94,8 @@ def _train(job: Job) -> dict[str, Any]:
         "model": job.model,
         "seed": job.training.seed,
         "parameters": parameter_count(model),
-        "valid_loss": evaluate(model, task, task.load("valid")),
-        "test_loss": evaluate(model, task, task.load("test")),
+        **assess(model, task, task.load("valid")).named("valid"),
+        **assess(model, task, task.load("test")).named("test"),
         "epochs": run.progress.epoch,
         "best_epoch": run.progress.best_epoch,
         "tokens": run.progress.tokens,

@@ -3,14 +3,12 @@
 import math
 from pathlib import Path
 
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-
 from unrecurrent.errors import InputError
-from unrecurrent.tasks.task import Metric, Task
+from unrecurrent.tasks.symbols import SymbolTask
+from unrecurrent.tasks.task import Metric
 
 
-class CharacterTask(Task):
+class CharacterTask(SymbolTask):
     """Predict the next character of a text from those before it.
 
     A split is one stream of symbols `s_1 … s_N`; inputs are `s_1 … s_{N−1}`, targets `s_2 … s_N`, int64 `(N − 1,)`.
@@ -21,16 +19,6 @@ class CharacterTask(Task):
     metric = Metric("bpc", "lower", "bits a character", scale=1 / math.log(2))
     stream = True
     step_noun = "character"
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the nats of every step `(B, T)` from logits `(B, T, V)` and symbols `(B, T)`.
-
-        >>> import torch
-        >>> from unrecurrent.tasks import get_task
-        >>> get_task("ptb-char").loss(torch.zeros(1, 2, 50), torch.tensor([[7, 49]])).exp().round()
-        tensor([[50., 50.]])
-        """
-        return cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def read_bytes(path: Path) -> bytes:

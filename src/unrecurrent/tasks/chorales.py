@@ -26,7 +26,7 @@ from unrecurrent.errors import InputError
 from unrecurrent.files import replacing
 from unrecurrent.tasks import chorale_worker
 from unrecurrent.tasks.polyphony import KEYS, LOWEST_PITCH, PolyphonicTask
-from unrecurrent.tasks.task import SPLITS, Example, Split, cache_folder, shifted
+from unrecurrent.tasks.task import SPLITS, Example, Split, cache_folder, drawn_by_name, shifted
 
 #: raised whenever the rolls change for the same scores, so that no older cache is taken for a newer one
 FORMAT = 1
@@ -207,11 +207,8 @@ def to_roll(notes: Iterable[Note]) -> np.ndarray:
 
 
 def split_names(names: Sequence[str]) -> dict[Split, list[str]]:
-    """Return the names of each split: an order drawn once by hashing the names, cut at 70 and 85 per cent.
-
-    Hashing instead of a random generator makes the split the same with every release of every library.
-    """
-    drawn = sorted(names, key=lambda name: hashlib.sha256(f"{_SPLIT_SEED} {name}".encode()).hexdigest())
+    """Return the names of each split: an order drawn once, cut at 70 and 85 per cent."""
+    drawn = drawn_by_name(names, _SPLIT_SEED)
     first = round(SHARES["train"] * len(drawn))
     second = first + round(SHARES["valid"] * len(drawn))
     return {"train": drawn[:first], "valid": drawn[first:second], "test": drawn[second:]}

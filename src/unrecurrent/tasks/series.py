@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unrecurrent.errors import InputError
 from unrecurrent.tasks.csv_table import CsvTable, called_time, read_csv
-from unrecurrent.tasks.task import SPLITS, Example, Metric, Split, Task
+from unrecurrent.tasks.task import SPLITS, Example, Metric, Split, Task, squared_error
 
 PREFIX = "series:"
 #: shares of the rows, in the order of time; the rest is for testing
@@ -144,7 +144,7 @@ class SeriesTask(Task):
         >>> task.loss(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 2.0]]]))
         tensor([[2.5000]])
         """
-        return (outputs - targets).square().mean(-1)
+        return squared_error(outputs, targets)
 
     def digest(self) -> str:
         """Return a fingerprint of the data and of how they are cut, to tell trainings on changed files apart."""

@@ -10,13 +10,12 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from unrecurrent.digests import text_digest
 from unrecurrent.errors import InputError
 from unrecurrent.files import make_folder, replacing, write_text
-from unrecurrent.tasks.task import SPLITS, Example, Metric, Source, Split, Task, cache_folder, data_folder, missing
+from unrecurrent.tasks.symbols import SymbolTask
+from unrecurrent.tasks.task import SPLITS, Example, Metric, Source, Split, cache_folder, data_folder, missing
 
 END, UNKNOWN = "<eos>", "<unk>"
 #: words turned into numbers and written at a time
@@ -25,7 +24,7 @@ _BLOCK = 1 << 20
 _WORDS, _FORM = "words.json", 1
 
 
-class WordTask(Task):
+class WordTask(SymbolTask):
     """Predict the next word of a text from those before it.
 
     A line is its words, separated by blanks, and `<eos>`; a split is one stream `w_1 … w_N` of them. The first input is
@@ -86,10 +85,6 @@ class WordTask(Task):
             found.append(numbers[self.end])
         stream = torch.tensor(found, dtype=torch.int32)
         return Example(stream[:-1], stream[1:])
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the nats of every step `(B, T)` from logits `(B, T, V)` and words `(B, T)`."""
-        return cross_entropy(outputs.flatten(0, 1), targets.flatten().long(), reduction="none").view_as(targets)
 
     @property
     def _numbers(self) -> dict[str, int]:
