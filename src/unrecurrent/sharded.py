@@ -14,25 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt
 from unrecurrent.engines import State, choose_engine
 from unrecurrent.errors import InputError
+from unrecurrent.evidence import Evidence, Options, Verify
 from unrecurrent.parallel import (
     _CARRY_STEPS,
-    Evidence,
-    Verify,
     _Call,
     _check_state_carries_all,
     _finite,
-    _forgetting,
-    _GiveUp,
-    _Ledger,
-    _NotWorthIt,
-    _Options,
     _run_in_spans,
     _run_spans,
     _tensor,
     _time_major,
 )
+from unrecurrent.pilot import forgetting
 
 _T = TypeVar("_T")
 _ROUNDS = 3
@@ -67,7 +63,7 @@ def run_sharded(
     """
     if getattr(module, "bidirectional", False):
         raise InputError("a bidirectional module cannot be sharded over time: run each direction by itself")
-    options = _Options.checked(tol, chunks, warmup, verify, None)
+    options = Options.checked(tol, chunks, warmup, verify, None)
     call = _Call.checked(module, x, h0, options)
     with torch.no_grad():
         shard = _Shard(call, options, _time_major(out, call))
@@ -79,7 +75,7 @@ def run_sharded(
 class _Shard:
     """This rank's span: what it starts from, where its outputs go, and what it exchanges with its neighbours."""
 
-    def __init__(self, call: _Call, options: _Options, target: Any) -> None:
+    def __init__(self, call: _Call, options: Options, target: Any) -> None:
         spread = dist.is_available() and dist.is_initialized()
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
         self.whole, self.options = call, options
@@ -144,7 +140,7 @@ class _Shard:
         head = _finite(_tensor(self.whole.x[:_CARRY_STEPS]))
         try:
             _check_state_carries_all(self.whole.plain, head, self.whole.h0, self.options.tol)
-        except _GiveUp as reason:
+        except GiveUp as reason:
             raise InputError(f"{reason}: it cannot be shared by ranks") from reason
 
     def _agreed_warmup(self) -> int | None:
@@ -154,8 +150,8 @@ class _Shard:
         x = self._together(lambda: _finite(_tensor(self.call.x[:_PILOT_STEPS])))
         engine = choose_engine(self.call.plain, x, differentiable=False)
         try:
-            warmup: float = _forgetting(engine, x, self.options, _Ledger(None, float("inf")))[0]
-        except _GiveUp:
+            warmup: float = forgetting(engine, x, self.options, Ledger(None, float("inf")))[0]
+        except GiveUp:
             warmup = float("inf")
         warmup = self._largest(warmup)
         return None if warmup == float("inf") else int(warmup)
@@ -178,7 +174,7 @@ class _Shard:
         try:
             result = _run_spans(call, self.options._replace(warmup=warmup), self.target)
             return result.state, result.evidence
-        except _NotWorthIt as reason:
+        except NotWorthIt as reason:
             state = _run_in_spans(call, start, self.target)
             steps = self.end - self.begin
             evidence = Evidence(
@@ -192,7 +188,7 @@ class _Shard:
                 fallback=str(reason),
             )
             return state, evidence
-        except _GiveUp:
+        except GiveUp:
             return start, None
 
     def _gain(self, start: State) -> float:

@@ -5,14 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from unrecurrent.parallel import _Plan, chunked_reference, run_parallel
+from unrecurrent.chunks import Plan
+from unrecurrent.parallel import chunked_reference, run_parallel
 from unrecurrent.truncation import truncate, windowed_reference
 
 
 @given(st.integers(2, 400), st.integers(1, 40), st.integers(0, 400))
 @settings(max_examples=300, deadline=None)
 def test_chunks_keep_every_step_once_and_warm_up_on_the_steps_before(steps, chunks, warmup):
-    plan = _Plan.cut(steps, chunks, warmup)
+    plan = Plan.cut(steps, chunks, warmup)
     read = {chunk: [] for chunk in range(plan.chunks)}
     kept = []
     at = 0

@@ -1,0 +1,173 @@
+"""Whether the chunks of a parallel run agree: mismatch, certificate or gain, and sweeps over those that do not."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unrecurrent.certificate import Certificate
+from unrecurrent.chunks import Attempt, Gain, GiveUp, Plan
+from unrecurrent.engines import State, is_stock
+from unrecurrent.evidence import Options
+
+_GAIN_CHUNKS = 8
+
+
+class Carry(NamedTuple):
+    """How far off the start state of a span may be: measured, and (with a certificate) proved by component."""
+
+    mismatch: float = 0.0
+    error: Tensor | None = None
+
+
+class Check:
+    """Mismatch, then certificate or gain, then sweeps until every error is within the tolerance."""
+
+    def __init__(self, attempt: Attempt, options: Options, carry: Carry) -> None:
+        self.attempt, self.options, self.carry = attempt, options, carry
+        self.sweeps = 0
+        self.gain: float | None = None
+        self.gain_chunks = 0
+        self.left: float | None = None
+        self.bound: float | None = None
+        self.end_error: Tensor | None = None
+        self.note: str | None = None
+        self.mismatch = attempt.mismatch().detach()
+        self.error = float("nan")
+
+    def run(self) -> None:
+        self._agree(None)
+        certificate = self._certificate()
+        if certificate is not None:
+            self._prove(certificate)
+            assert certificate.rate is not None
+            rounding = self._rounding_a_step() / (1 - certificate.rate)
+            if self._proved_error() + rounding <= self.options.tol:
+                self.error = self._proved_error() + rounding
+                return
+            self.note = "the proved bound and rounding exceed tol: the gain was measured as well"
+        gain = self._measured_gain()
+        rounding = gain.rounding(self._rounding_a_step(), self.attempt.plan)
+        if not rounding <= self.options.tol:
+            raise GiveUp(f"rounding alone may grow to {rounding:.1e}, more than tol: use float64 or a larger tol")
+        self._agree(gain)
+        self.error = self._errors(gain).max().item() + rounding
+        if self.error > self.options.tol:
+            raise GiveUp(
+                f"the errors of the boundaries and rounding add up to {self.error:.1e}"
+                if self.carry.mismatch <= self.options.tol
+                else f"the start state of this span is uncertain by {self.carry.mismatch:.1e}"
+            )
+        if certificate is not None:
+            self._prove(certificate)
+
+    def _rounding_a_step(self) -> float:
+        """How far a step of the batched run and one of the module itself may differ: an eps of the largest state."""
+        states = (*self.attempt.starts, *self.attempt.ends)
+        return torch.finfo(states[0].dtype).eps * max(1.0, *(part.detach().abs().max().item() for part in states))
+
+    def _proved_error(self) -> float:
+        """What is proved about the outputs and the final state together."""
+        if self.bound is None or self.end_error is None:
+            return math.inf
+        return max(self.bound, float(self.end_error.max()))
+
+    def _agree(self, gain: Gain | None) -> None:
+        """Sweep the chunks whose error exceeds the tolerance until there are none (without a gain: their mismatch)."""
+        failing = self._failing(gain)
+        while len(failing):
+            self.attempt.sweep(failing)
+            self.sweeps += 1
+            self.mismatch = self.attempt.mismatch().detach()
+            left = self._failing(gain)
+            if len(left) > max(len(failing) // 2, min(len(failing) - 1, len(self.mismatch) // 8)):
+                raise GiveUp(f"{len(left)} of {len(self.mismatch) + 1} chunks do not come to agree")
+            failing = left
+
+    def _failing(self, gain: Gain | None) -> Tensor:
+        error = self.mismatch if gain is None else self._errors(gain)[1:]
+        return torch.nonzero(~(error <= self.options.tol) & (self.mismatch != 0)).flatten() + 1
+
+    def _errors(self, gain: Gain) -> Tensor:
+        """For chunks 0, 1, …: gain × error of the start state, which is mismatch + what is left of the one before."""
+        start, errors = self.carry.mismatch, [self.carry.mismatch]
+        for mismatch, left in zip(self.mismatch.tolist(), gain.left.tolist(), strict=True):
+            start = mismatch + left * start
+            errors.append(start)
+        largest = torch.cat([gain.largest.max()[None], gain.largest]).clamp(min=1.0)
+        return torch.tensor(errors).to(largest) * largest
+
+    def _measured_gain(self) -> Gain:
+        """The gain of chunks 1, 2, …: for each of them the largest of a pilot, or of all chunks."""
+        attempt, tol = self.attempt, self.options.tol
+        others = attempt.plan.chunks - 1
+        with torch.no_grad():
+            if self.options.verify == "outputs":
+                gain = attempt.gain_of_all(tol)
+            else:
+                some = torch.linspace(1, others, min(others, _GAIN_CHUNKS), device=self.mismatch.device)
+                gain = attempt.gain_of_some(some.round().long(), tol)
+        self.gain, self.gain_chunks = gain.largest.max().item(), len(gain.largest)
+        self.left = gain.left.max().item()
+        # One direction of change says little of a single chunk: the largest of all chunks is taken for each.
+        return Gain(gain.largest.max().expand(others), gain.left.max().expand(others), gain.steps)
+
+    def _certificate(self) -> Certificate | None:
+        """The certificate, where its assumptions hold for these inputs and this start state."""
+        certificate = self.options.certificate
+        if certificate is None:
+            return None
+        if not is_stock(self.attempt.module):
+            self.note = "the certificate is about layers as torch runs them, not as this module does: measured instead"
+            return None
+        if certificate.stable and certificate.holds_for(self.attempt.x.detach(), self._packed(self.attempt.h0)):
+            return certificate
+        self.note = "the certificate does not hold for these inputs and this start state: measured instead"
+        return None
+
+    def _prove(self, certificate: Certificate) -> None:
+        error = self._boundary_error(certificate)
+        bound, self.end_error = _propagated(certificate, error, self.attempt.plan)
+        self.bound = bound if math.isfinite(bound) else None
+
+    def _packed(self, state: State) -> Any:
+        return state[0] if len(state) == 1 else state
+
+    def _boundary_error(self, certificate: Certificate) -> Tensor:
+        starts = tuple(part.detach().flatten(1, 2) for part in self.attempt.starts)
+        ends = tuple(part[:, :-1].detach().flatten(1, 2) for part in self.attempt.ends)
+        apart = certificate.flatten(self._packed(starts)) - certificate.flatten(self._packed(ends))
+        error = apart.double().abs().amax(0).cpu()
+        return error if self.carry.error is None else torch.maximum(error, self.carry.error)
+
+
+def _propagated(certificate: Certificate, error: Tensor, plan: Plan) -> tuple[float, Tensor]:
+    """Bound on every output and on the end state, from the error propagator T and the errors at the boundaries.
+
+    With v the largest error at a boundary, component by component, and T^n(v) ≤ θ v over a chunk, every start state is
+    within v / (1 - θ), since e_c = T^L(e_{c-1}) + mismatch_c, and the output n steps on within T^n(v) / (1 - θ). T is
+    monotone and homogeneous, so once T^J(v) ≤ θ' v the later steps repeat the first J, shrunk, and need no computing.
+    """
+    if not error.any():
+        return 0.0, error
+    bound = _bound_from(certificate, error.clamp(min=1e-3 * error.max().item()), plan)
+    weights = certificate.weights
+    if math.isinf(bound[0]) and weights is not None:  # in the norm of the proof T shrinks from the first step on
+        bound = _bound_from(certificate, (error / weights).max() * weights, plan)
+    return bound
+
+
+def _bound_from(certificate: Certificate, v: Tensor, plan: Plan) -> tuple[float, Tensor]:
+    """The same from errors of at most v at every boundary; infinite where T^n(v) does not come to lie below v."""
+    e, worst_hidden, growth = v, 0.0, 1.0
+    for _ in range(plan.length - plan.offset):
+        e = certificate.propagate(e)
+        worst_hidden = max(worst_hidden, certificate.hidden(e).max().item())
+        shrink, growth = (e / v).max().item(), max(growth, (e / v).max().item())
+        if shrink * growth <= 0.5:
+            break
+    theta = shrink * growth
+    if theta >= 1:
+        return float("inf"), torch.full_like(v, float("inf"))
+    return worst_hidden / (1 - theta), v * (theta / (1 - theta))

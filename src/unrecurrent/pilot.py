@@ -1,0 +1,128 @@
+"""How many chunks, after which warm-up: from a cost model of the machine and what the module forgets in a pilot."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt, Plan
+from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, step_cost
+from unrecurrent.evidence import Options, Verify
+
+PILOT_BLOCK = 16
+_PILOT_ROWS = 16
+_ATTEMPT_SHARE = 0.48  # of the sequential run: what may be spent before the parallel run is given up
+_PILOT_SHARE = 0.1
+_MOST_ROWS = 4096
+
+
+def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> tuple[Plan, Ledger, float | None]:
+    """Choose warm-up and chunks: what was given, else from the cost model and what the model forgets in a pilot."""
+    steps, batch = len(x), x.shape[1]
+    if options.chunks != "auto" and (options.chunks == 1 or steps < 2):
+        raise NotWorthIt("one chunk is the sequential run")
+    ledger = Ledger(None, float("inf"))
+    if options.chunks == "auto":
+        cost = step_cost(engine, plain, x)
+        ledger = Ledger(cost, _ATTEMPT_SHARE * options.budget * cost.sequential * steps)
+    rate = None
+    warmup = options.warmup
+    if warmup == "auto":
+        warmup, rate = forgetting(engine, x, options, ledger)
+    chunks = options.chunks
+    if chunks == "auto":
+        assert ledger.cost is not None
+        chunks = _cheapest_chunks(steps, batch, warmup, ledger.cost)
+    plan = Plan.cut(steps, chunks, warmup)
+    if plan.chunks < 2:
+        raise NotWorthIt("one chunk is the sequential run")
+    _check_cost(plan, batch, ledger, options.verify)
+    return plan, ledger, rate
+
+
+def _check_cost(plan: Plan, batch: int, ledger: Ledger, verify: Verify = "pilot") -> None:
+    cost = ledger.cost
+    if cost is None:
+        return
+    kept_twice = plan.length if verify == "outputs" else 0
+    predicted = (plan.warmup + plan.length + kept_twice) * cost.batched(plan.chunks * batch)
+    if ledger.spent + predicted > ledger.limit:
+        raise NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
+
+
+def _cheapest_chunks(steps: int, batch: int, warmup: int, cost: StepCost) -> int:
+    """Minimise (warmup + T/C)(fixed + per_row C B) over C: C² = T fixed / (warmup per_row B)."""
+    best = (steps * cost.fixed / (max(1, warmup) * cost.per_row * batch)) ** 0.5
+    most = min(steps // 2, max(2, _MOST_ROWS // batch))
+    return max(2, min(most, round(best)))
+
+
+def forgetting(engine: Engine, x: Tensor, options: Options, ledger: Ledger) -> tuple[int, float]:
+    """How many steps a few windows of x need to forget a zero start state to a quarter of tol, and the rate a step."""
+    if len(x) < 2 * PILOT_BLOCK:
+        raise NotWorthIt(f"{len(x)} steps are too few to see what the module forgets: give warmup as well")
+    pilot = Pilot(engine, x, ledger)
+    first = apart = pilot.apart()
+    lag, target = 0, options.tol / 4
+    while not apart <= target:
+        before = apart
+        if lag + PILOT_BLOCK > pilot.longest:
+            raise GiveUp(f"the module still remembers its start state after {lag} steps (by {apart:.1e})")
+        pilot.advance_pair()
+        apart, lag = pilot.apart(), lag + PILOT_BLOCK
+        if ledger.cost is not None:
+            chunks = _cheapest_chunks(len(x), x.shape[1], lag, ledger.cost)
+            _check_cost(Plan.cut(len(x), chunks, lag), x.shape[1], ledger)
+        if not np.isfinite(apart):
+            raise GiveUp("the states do not stay finite")
+    if lag == 0:
+        return 0, 0.0
+    rate = (max(apart, 1e-30) / first) ** (1 / lag)
+    rounding = torch.finfo(pilot.dtype).eps * pilot.size() / max(1 - rate, 1e-12)
+    if rounding > options.tol:
+        raise GiveUp(f"rounding alone would reach {rounding:.1e}, more than tol: use float64 or a larger tol")
+    inside = np.log(before / target) / np.log(before / max(apart, 1e-30))
+    exact = lag - PILOT_BLOCK * (1 - inside)
+    return int(1.25 * exact) + 3, rate
+
+
+class Pilot:
+    """A few windows of x, each from a state the module reached and, beside it, from the zero state."""
+
+    def __init__(self, engine: Engine, x: Tensor, ledger: Ledger) -> None:
+        self.engine, self.x, self.ledger, self.batch = engine, x, ledger, x.shape[1]
+        windows = max(2, -(-_PILOT_ROWS // self.batch))
+        rows = windows * self.batch
+        history = min(64, max(PILOT_BLOCK, len(x) // 64)) // PILOT_BLOCK * PILOT_BLOCK
+        self.longest = self._longest(2 * rows)
+        last = max(0, len(x) - history - self.longest)
+        self.at = torch.linspace(0, last, windows, device=x.device).long()
+        state = engine.zero_state(rows)
+        for _ in range(history // PILOT_BLOCK):
+            state = self._advance(state, copies=1)
+        self.dtype = state[0].dtype
+        zeros = engine.zero_state(rows)
+        self.state: State = tuple(torch.cat([part, zero], dim=1) for part, zero in zip(state, zeros, strict=True))
+
+    def _longest(self, rows: int) -> int:
+        """Lags to try: a quarter of the sequence and, where the cost is known, a share of a sequential run."""
+        room, cost = len(self.x) // 4, self.ledger.cost
+        if cost is None:
+            return room
+        return min(room, int(_PILOT_SHARE * cost.sequential * len(self.x) / cost.batched(rows)))
+
+    def _advance(self, state: State, copies: int) -> State:
+        index = self.at + torch.arange(PILOT_BLOCK, device=self.x.device)[:, None]
+        block = self.x[index].flatten(1, 2)
+        self.at = self.at + PILOT_BLOCK
+        self.ledger.charge(PILOT_BLOCK, block.shape[1] * copies)
+        return self.engine.advance(torch.cat([block] * copies, dim=1), state)[1]
+
+    def advance_pair(self) -> None:
+        self.state = self._advance(self.state, copies=2)
+
+    def apart(self) -> float:
+        half = self.state[0].shape[1] // 2
+        return max((part[:, :half] - part[:, half:]).abs().max().item() for part in self.state)
+
+    def size(self) -> float:
+        return max(1.0, *(part.abs().max().item() for part in self.state))
