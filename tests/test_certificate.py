@@ -603,6 +603,40 @@ def test_eps_must_be_a_positive_number(eps: object) -> None:
         certify(nn.RNN(D, 4)).horizon(eps)
 
 
+def test_horizons_are_computed_once(monkeypatch) -> None:
+    module = scaled_rows(nn.GRU(D, 4), 0.2)
+    certificate, fresh, steps = (certify(module, input_bound=1.0), certify(module, input_bound=1.0), [])
+    propagate = GRUCell.propagate
+    monkeypatch.setattr(GRUCell, "propagate", lambda *given: (steps.append(1), propagate(*given))[1])
+    assert fresh.horizon(1e-4) == certificate.horizon(1e-4)
+    taken = len(steps)
+    for again in (repr, Certificate.to_dict, lambda c: c.horizon(1e-4)):
+        again(certificate)
+    assert len(steps) < 1.5 * taken  # those of one horizon, and a few to see whether the others are settled
+    repeated = len(steps)
+    repr(certificate)
+    assert len(steps) == repeated
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_slopes_unit_by_unit_are_the_derivative_of_the_propagator(kind) -> None:
+    cell = certify(random_module(kind, 1, 0.3, "dense", seed=4), input_bound=1.0).cell.cells[0]
+    e = torch.rand(cell.state_size, dtype=torch.float64) + 0.1
+    torch.testing.assert_close(cell.jacobian(e), torch.autograd.functional.jacobian(cell.propagate, e))
+
+
+def test_a_layer_that_forgets_slowly_is_certified_as_soon() -> None:
+    torch.manual_seed(0)
+    lstm = scaled_rows(nn.LSTM(64, 128), 0.001)
+    with torch.no_grad():
+        lstm.weight_ih_l0.mul_(0.1)
+        lstm.bias_ih_l0[128:256] = 7 * torch.rand(128)
+    started = time.process_time()
+    certificate = certify(lstm, inputs=torch.randn(35, 8, 64))
+    assert time.process_time() - started < 3
+    assert 0.998 < certificate.rate < 1
+
+
 def test_a_layer_is_certified_in_seconds() -> None:
     started = time.perf_counter()
     certify(nn.LSTM(256, 256), inputs=torch.randn(35, 32, 256))

@@ -249,6 +249,10 @@ class Propagator(ABC):
     def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
         """Error one step later, T(e); `input_error` bounds the change of the layer's own input (None: no change)."""
 
+    def jacobian(self, e: Tensor) -> Tensor:
+        """The derivative of T at e > 0, (state_size, state_size): the linear map below T that meets it at e."""
+        return torch.autograd.functional.jacobian(self.propagate, e, vectorize=True)
+
     @abstractmethod
     def hidden(self, e: Tensor) -> Tensor:
         """The part of an error vector that bounds the output h of the (last) layer."""
@@ -443,6 +447,26 @@ class DenseCell(Cell):
             moved = moved + input_error @ self.input_magnitude.T
         return moved.split(self.hidden_size, -1)
 
+    @abstractmethod
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        """T(e) from how far each gate's pre-activation moves; every unit looks at its own entries only."""
+
+    def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
+        return self._spread(e, self._moved(self.hidden(e), input_error))
+
+    def jacobian(self, e: Tensor) -> Tensor:
+        """`Propagator.jacobian`, from slopes unit by unit and W: one backward pass for each part of the state."""
+        parts = [part.clone().requires_grad_() for part in e.split(self.hidden_size)]
+        moved = [part.clone().requires_grad_() for part in self._moved(self.hidden(e), None)]
+        spread, rows = self._spread(torch.cat(parts), moved), []
+        for part in spread.split(self.hidden_size):
+            slopes = torch.autograd.grad(part.sum(), [*parts, *moved], retain_graph=True, materialize_grads=True)
+            own, by_gate = slopes[: len(parts)], torch.cat(slopes[len(parts) :]).unsqueeze(1) * self.recurrent
+            blocks = [torch.diag(slope) for slope in own]
+            blocks[-1] += by_gate.view(-1, self.hidden_size, self.hidden_size).sum(0)
+            rows.append(torch.cat(blocks, 1))
+        return torch.cat(rows)
+
     def _linear(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         total = x @ self.weight_ih.T + self.bias_ih + hidden @ self.weight_hh.T + self.bias_hh
         return total.split(self.hidden_size, -1)
@@ -484,8 +508,8 @@ class RNNCell(DenseCell):
         smallest = torch.maximum(argument.low, -argument.high).clamp_min(0)
         self.slope = torch.cosh(smallest).pow(-2)
 
-    def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
-        return self.slope * self._moved(e, input_error)[0]
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        return self.slope * moved[0]
 
 
 class ReLURNNCell(RNNCell):
@@ -579,9 +603,9 @@ class LSTMCell(DenseCell):
         self.candidate, self.output = _Tanh(z), _Tanh(c)
         self.largest_c = c.magnitude
 
-    def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
-        e_c, e_h = e.split(self.hidden_size, -1)
-        w_i, w_f, w_z, w_o = self._moved(e_h, input_error)
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        e_c = e[..., : self.hidden_size]
+        w_i, w_f, w_z, w_o = moved
         kept = largest_gated(self.forget_gate, e_c, _times(self.largest_c, w_f))
         e_c = kept + _largest_product(self.input_gate, self.candidate, w_z, w_i)
         return torch.cat([e_c, _largest_product(self.output_gate, self.output, e_c, w_o)], -1)
@@ -655,9 +679,9 @@ class ScaledGateLSTMCell(DenseCell):
         self.candidate, self.output = _Tanh(z), _Tanh(c)
         self.distance = self.candidate.distance_to(c)
 
-    def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
-        e_c, e_h = e.split(self.hidden_size, -1)
-        w_f, w_z, w_o = self._moved(e_h, input_error)
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        e_c = e[..., : self.hidden_size]
+        w_f, w_z, w_o = moved
         e_c = _largest_mixture(self.forget_gate, self.candidate, w_z, e_c, self.distance, w_f, self.ceiling)
         return torch.cat([e_c, _largest_product(self.output_gate, self.output, e_c, w_o)], -1)
 
@@ -791,7 +815,17 @@ class GRUCell(DenseCell):
             e_n = largest_gated(self.reset_gate, e @ self.recurrent_n.T, self.largest_product * w_r)
         else:
             e_n = largest_gated(self.reset_gate, e, self.largest_product * w_r) @ self.recurrent_n.T
-        return _largest_mixture(self.update_gate, self.candidate, e_n + outside, e, self.distance, w_z)
+        return self._mixed(e, e_n + outside, w_z)
+
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        w_r, w_z, w_n = moved
+        return self._mixed(e, largest_gated(self.reset_gate, w_n, self.largest_product * w_r), w_z)
+
+    def _mixed(self, e: Tensor, e_n: Tensor, w_z: Tensor) -> Tensor:
+        return _largest_mixture(self.update_gate, self.candidate, e_n, e, self.distance, w_z)
+
+    def jacobian(self, e: Tensor) -> Tensor:
+        return super().jacobian(e) if self.reset_after else Propagator.jacobian(self, e)
 
 
 class NormPropagator(Propagator):

@@ -51,18 +51,19 @@ RATE_TOLERANCE = 1e-7
 # Of the first so many steps every other is extrapolated from so many iterates.
 EXTRAPOLATED_STEPS = 200
 EXTRAPOLATION_WINDOW = 8
-# Where that many steps leave the bounds further apart than this share of 1 − rate, as they do for units that forget
-# slowly, a state of up to this size is worth solving linear equations for, this many times.
-POLISH_GAP = 1e-3
+# Where those steps leave the bounds further apart than this share of 1 − rate, as they do for units that forget
+# slowly, a state of up to this size is worth solving linear equations for, this many times, or until they agree to the
+# smaller share, of the rate too.
+POLISH_GAP, POLISH_MET = 1e-3, 1e-4
 POLISH_SIZE = 512
-POLISH_STEPS = 8
+POLISH_STEPS = 24
 # States up to this size get this many steps instead, which still take no time.
 POLISH_SMALL = 64
 POLISH_SPREAD = 1e-30
 # No weight is smaller than this, so that the products behind T(v) stay far from the smallest numbers of float64.
 LEAST_WEIGHT = 1e-250
 # Where the weights of a stack's layers are too far apart for float64, these powers of them are tried.
-STACK_POWERS = (1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.05, 0)
+STACK_POWERS = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.05, 0)
 TINY = 1e-300
 # Horizon: iterate at most this often, this many steps at a time, then extrapolate with the rate.
 HORIZON_STEPS = 10_000
@@ -115,14 +116,20 @@ def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
         extrapolate = step % 2 == 1 and step < EXTRAPOLATED_STEPS
         v = _extrapolated(path) if extrapolate else damped
         if step == EXTRAPOLATED_STEPS:
+            if best - floor > POLISH_GAP * abs(1 - best) and propagator.state_size <= POLISH_SIZE:
+                best, best_v, floor = _polished(propagator, best, best_v, floor)
             v = best_v
+            if _met(best, floor):
+                break
     if best - floor > POLISH_GAP * abs(1 - best) and propagator.state_size <= POLISH_SIZE:
-        return _polished(propagator, best, best_v)
+        best, best_v, _ = _polished(propagator, best, best_v, floor)
     return best, best_v
 
 
-def _polished(propagator: Propagator, best: float, v: Tensor) -> tuple[float, Tensor]:
-    """Improve a rate and its weights v by Noda's iteration, v ← (λ − J)⁻¹ v with J the Jacobian of T at v.
+def _polished(propagator: Propagator, best: float, v: Tensor, floor: float) -> tuple[float, Tensor, float]:
+    """Improve a rate, its weights v and the bound from below by Noda's iteration.
+
+    v ← (λ − J)⁻¹ v with J the Jacobian of T at v.
 
     T is the maximum of linear maps, J the one that is largest at v, and λ the bound that v proves, so that the inverse
     is non-negative and v stays positive; convergence is quadratic. Every v proves its own bound, as ever.
@@ -131,20 +138,23 @@ def _polished(propagator: Propagator, best: float, v: Tensor) -> tuple[float, Te
     """
     best_v, identity, upper = v, torch.eye(len(v), dtype=v.dtype), best
     for _ in range(POLISH_STEPS if len(v) > POLISH_SMALL else POLISH_SMALL):
-        jacobian = torch.autograd.functional.jacobian(propagator.propagate, v, vectorize=True)
-        v, singular = torch.linalg.solve_ex(upper * (1 + 1e-12) * identity - jacobian, v)
+        v, singular = torch.linalg.solve_ex(upper * (1 + 1e-12) * identity - propagator.jacobian(v), v)
         if singular or not bool((v > 0).all() and v.isfinite().all()):
             break
         # A reducible T asks for weights ever further apart; too far apart they would do for no layer above this one.
         v = (v / v.max()).clamp_min(POLISH_SPREAD)
         ratios = propagator.propagate(v) / v
-        upper = float(ratios.max())
+        upper, floor = float(ratios.max()), max(floor, float(ratios.min()))
         # Where another of the linear maps becomes the largest, the bound may rise before it falls.
         if upper < best:
             best, best_v = upper, v
-        if upper - float(ratios.min()) <= RATE_TOLERANCE * upper:
+        if _met(best, floor):
             break
-    return best, best_v
+    return best, best_v, floor
+
+
+def _met(best: float, floor: float) -> bool:
+    return best - floor <= max(RATE_TOLERANCE * best, POLISH_MET * min(best, abs(1 - best)))
 
 
 def _normalised(v: Tensor) -> Tensor:
@@ -163,18 +173,18 @@ def _extrapolated(path: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def _stacked_rate(stack: Stack, parts: Sequence[tuple[float, Tensor]]) -> tuple[float, Tensor]:
     """Rate of a stack from those of its layers: T is block-triangular, so it is as good as its worst layer.
 
-    The weights of a layer may be so far apart that those of the stack would overflow. Then they are moved together, to
-    powers v^p, which costs each layer some of its rate: of the powers tried the best is kept.
+    The weights of a layer may be so far apart that those of the stack would overflow. Then they are moved together: the
+    smallest raised, or all taken to powers v^p. Either costs each layer some of its rate; the best one tried is kept.
     """
     worst = max(rate for rate, _ in parts)
     best, best_v = math.inf, torch.ones(stack.state_size, dtype=torch.float64)
     if not math.isfinite(worst):
         return best, best_v
     negligible = _negligible(worst)
-    for power in STACK_POWERS:
-        nearer = [v**power for _, v in parts]
-        rates = [rate for rate, _ in parts] if power == 1 else list(map(_ratio_bound, stack.layers, nearer))
-        v = _scaled_up(stack, rates, nearer, 1.0 if power == 1 else LEAST_WEIGHT)
+    for power, spread in ((1, 0.0), (1, POLISH_SPREAD), *((power, 0.0) for power in STACK_POWERS)):
+        nearer = [(v / v.max()).clamp_min(spread) ** power for _, v in parts]
+        rates = [_ratio_bound(layer, v) for layer, v in zip(stack.layers, nearer, strict=True)]
+        v = _scaled_up(stack, rates, nearer, LEAST_WEIGHT if power < 1 else 1.0)
         rate = _ratio_bound(stack, v)
         if rate < best:
             best, best_v = rate, v
@@ -203,7 +213,7 @@ def _scaled_up(stack: Stack, rates: Sequence[float], weights: Sequence[Tensor], 
     below = None
     for layer, rate, v in zip(stack.layers, rates, weights, strict=True):
         if below is None:
-            v = v * min(1.0, least / float(v.min())) if least < 1 else v
+            v = v * min(1.0, least / float(v.min()))
         else:
             sent = layer.propagate(torch.zeros_like(v), below)
             v = v * max(1.0, float((sent / v).max()) / (worst - rate + _negligible(worst)))
@@ -254,6 +264,8 @@ class Proof:
     propagator: Stack
     rate: float
     weights: Tensor
+    _horizons: dict[tuple[float, Readout], int | None] = field(default_factory=dict, repr=False)
+    _blocks: dict[Readout, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, method: str, propagator: Stack) -> "Proof":
@@ -271,29 +283,42 @@ class Proof:
         """Smallest k such that T^j(e_0) changes the readout by at most `eps` for *every* j ≥ k; None without proof.
 
         T^j need not fall monotonically. It is settled once T(e) ≤ e in all components, because then it falls for ever
-        after, or once the v-weighted norm of e is too small for the readout to exceed `eps`.
+        after, or once the v-weighted norm of e is too small for the readout to exceed `eps`. What was computed is kept:
+        asked again, or for another `eps`, the steps are not taken again.
         """
-        e = self.propagator.invariant()
-        if not (self.contracts and bool(e.isfinite().all())):
+        if (eps, readout) not in self._horizons:
+            self._horizons[eps, readout] = self._horizon(eps, readout)
+        return self._horizons[eps, readout]
+
+    def _horizon(self, eps: float, readout: Readout) -> int | None:
+        if not (self.contracts and bool(self.propagator.invariant().isfinite().all())):
             return None
         smallest = 0
-        for start in range(0, HORIZON_STEPS, HORIZON_BLOCK):
-            block = torch.stack(list(self._orbit(e, HORIZON_BLOCK + 1)))
-            e = block[-1]
-            exceeding = (readout.change(self.propagator, block[:-1]) > eps).nonzero()
+        for start, (changes, before, e) in zip(
+            range(0, HORIZON_STEPS, HORIZON_BLOCK), self._orbit(readout), strict=False
+        ):
+            exceeding = (changes > eps).nonzero()
             if len(exceeding):
                 smallest = start + int(exceeding[-1]) + 1
-            if smallest < start + HORIZON_BLOCK and self._settled(block[-2], e, eps, readout):
+            if smallest < start + HORIZON_BLOCK and self._settled(before, e, eps, readout):
                 return smallest
             least, most = self._remaining(e, eps, readout)
             if least == most < math.inf:
                 return start + HORIZON_BLOCK + int(most)
         return start + HORIZON_BLOCK + int(most) if most < math.inf else None
 
-    def _orbit(self, e: Tensor, count: int) -> Iterator[Tensor]:
-        for _ in range(count):
-            yield e
-            e = self.propagator.propagate(e)
+    def _orbit(self, readout: Readout) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """T^j(e_0), a block of steps at a time: the change of the readout in each step, and the last two errors."""
+        kept = self._blocks.setdefault(readout, [])
+        yield from tuple(kept)
+        e = kept[-1][-1] if kept else self.propagator.invariant()
+        while True:
+            errors = []
+            for _ in range(HORIZON_BLOCK):
+                errors.append(e)
+                e = self.propagator.propagate(e)
+            kept.append((readout.change(self.propagator, torch.stack(errors)), errors[-1], e))
+            yield kept[-1]
 
     def _settled(self, before: Tensor, e: Tensor, eps: float, readout: Readout) -> bool:
         if bool((e <= before).all()):
