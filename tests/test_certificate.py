@@ -692,3 +692,23 @@ def test_every_start_state_a_model_uses_is_covered():
     x = torch.randn(4, 1, 2)
     certificate = certify(Twice(), inputs=x)
     assert certificate.holds_for(x, torch.full((1, 1, 3), 5.0))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRU(D, 4, 2), lambda: nn.LSTMCell(D, 4), lambda: StableLSTM(D, 4)])
+def test_a_certificate_is_about_the_weights_that_were_used_and_no_others(make):
+    module = make()
+    certificate = certify(module, input_bound=1.0)
+    assert certificate.is_about(module)
+    assert certificate.is_about(copy.deepcopy(module).double())
+    with torch.no_grad():
+        module.get_parameter(next(name for name, _ in module.named_parameters() if "bias_hh" in name))[0] += 1
+    assert not certificate.is_about(module)
+
+
+def test_a_certificate_notices_that_a_parametrized_weight_changed():
+    module = nn.utils.parametrizations.weight_norm(nn.RNN(D, 4), "weight_hh_l0")
+    certificate = certify(module)
+    assert certificate.is_about(module)
+    with torch.no_grad():
+        module.parametrizations.weight_hh_l0.original0.mul_(3)
+    assert not certificate.is_about(module)

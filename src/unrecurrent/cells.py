@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -1036,13 +1037,16 @@ class StateLayout:
         return full
 
 
-def _build_cell(layer: nn.Module, number: int, inputs: InputSet, start: Interval | None, see_ties: bool) -> DenseCell:
+def cell_tensors(layer: nn.Module, number: int) -> dict[str, Any]:
+    """What the cell of layer `number` is built from, by name; a parametrized weight as it is computed."""
     suffix = f"_l{number}" if StateLayout.of(layer).has_layer_dimension else ""
-    weight_ih, weight_hh = getattr(layer, "weight_ih" + suffix), getattr(layer, "weight_hh" + suffix)
-    bias_ih, bias_hh = getattr(layer, "bias_ih" + suffix, None), getattr(layer, "bias_hh" + suffix, None)
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "forget_ceiling")
+    return {name: getattr(layer, name + suffix, None) for name in names}
+
+
+def _build_cell(layer: nn.Module, number: int, inputs: InputSet, start: Interval | None, see_ties: bool) -> DenseCell:
+    *weights, ceiling = cell_tensors(layer, number).values()
     if _kind(layer) == "scaled-gate-lstm":
-        ceiling = getattr(layer, "forget_ceiling" + suffix)
         return ScaledGateLSTMCell(*weights, forget_ceiling=ceiling, inputs=inputs, start=start)
     if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
         lstm = CoupledLSTMCell if see_ties and CoupledLSTMCell.is_tied(*weights) else LSTMCell

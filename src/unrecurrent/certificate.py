@@ -34,6 +34,7 @@ from unrecurrent.cells import (
     StateLayout,
     balanced_weights,
     build_cells,
+    cell_tensors,
     euclidean_rnn,
     find_recurrent,
     is_recurrent,
@@ -682,10 +683,10 @@ def _certify_layer(
 
 
 def _fingerprint(layer: nn.Module) -> str:
-    """A digest of a layer's weights and of what else its cell is made of."""
-    weights = [*layer.named_parameters(), *layer.named_buffers()]
-    counted = (item for item in weights if item[0].startswith(("weight", "bias", "forget_ceiling")))
-    return tensor_digest((name, tensor.double()) for name, tensor in sorted(counted, key=lambda item: item[0]))
+    """A digest of the tensors the cells of a layer are built from."""
+    by_layer = [cell_tensors(layer, number) for number in range(StateLayout.of(layer).layers)]
+    found = ((f"{name}_l{n}", t) for n, tensors in enumerate(by_layer) for name, t in tensors.items() if t is not None)
+    return tensor_digest((name, tensor.double()) for name, tensor in found)
 
 
 def _certify_cell(cell: Cell, method: str, readout: Readout, assumptions: tuple[str, ...]) -> Certificate:
