@@ -8,6 +8,7 @@ import pickle
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -589,6 +590,10 @@ def test_the_repr_says_what_is_proved_and_when() -> None:
         ({"embedding": "words"}, "nn.Embedding"),
         ({"h0": torch.full((1, 2, 4), math.inf)}, "h0 holds NaN or infinite"),
         ({"h0": torch.zeros(2, 2, 4)}, "1 layer"),
+        ({"h0": torch.zeros(1, 0, 4)}, "h0 is empty"),
+        ({"h0": 3}, "one tensor h"),
+        ({"input_bound": True}, "input_bound"),
+        ({"input_bound": torch.ones(2)}, "input_bound"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments: dict, words: str) -> None:
@@ -597,7 +602,7 @@ def test_bad_arguments_get_one_sentence(arguments: dict, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan, math.inf, "small"])
+@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan, math.inf, "small", True, None])
 def test_eps_must_be_a_positive_number(eps: object) -> None:
     with pytest.raises(InputError, match="eps"):
         certify(nn.RNN(D, 4)).horizon(eps)
@@ -712,3 +717,38 @@ def test_a_certificate_notices_that_a_parametrized_weight_changed():
     with torch.no_grad():
         module.parametrizations.weight_hh_l0.original0.mul_(3)
     assert not certificate.is_about(module)
+
+
+@pytest.mark.parametrize("given", [3, None, nn.GRU(D, 4).state_dict(), nn.LSTM])
+def test_what_is_no_module_gets_one_sentence(given):
+    with pytest.raises(InputError, match="give a module, such as"):
+        certify(given, input_bound=1.0)
+
+
+@pytest.mark.parametrize("h0", [3, (torch.zeros(1, 2, 4), 3), torch.zeros(1, 2, 4)])
+def test_a_state_that_is_no_pair_gets_one_sentence(h0):
+    with pytest.raises(InputError, match="a pair of tensors"):
+        certify(nn.LSTM(D, 4), input_bound=1.0, h0=h0)
+    with pytest.raises(InputError, match="different batch sizes"):
+        certify(nn.LSTM(D, 4), input_bound=1.0, h0=(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4)))
+
+
+def test_weights_without_values_get_one_sentence():
+    with pytest.raises(InputError, match="meta device"):
+        certify(nn.LSTM(D, 4, device="meta"), input_bound=1.0)
+
+
+@pytest.mark.parametrize("inputs", ["abc", torch.zeros(2, 3, 7), 3])
+def test_inputs_a_model_cannot_run_on_get_one_sentence(inputs):
+    model = nn.Sequential(nn.Linear(D, D), nn.GRU(D, 4)).train()
+    with pytest.raises(InputError, match="running the model on the inputs failed") as caught:
+        certify(model, inputs=inputs)
+    assert "\n" not in str(caught.value)
+    assert model.training
+
+
+@pytest.mark.parametrize("bound", [1, numpy.float32(1), numpy.array(1.0), torch.tensor(1.0)])
+def test_numbers_of_numpy_and_torch_are_numbers(bound):
+    certificate = certify(scaled_rows(nn.GRU(D, 4), 0.2), input_bound=bound)
+    assert "between -1 and 1" in certificate.assumptions[0]
+    assert certificate.horizon(0.01 * bound) == certificate.horizon(0.01)

@@ -932,6 +932,7 @@ def find_recurrent(module: nn.Module) -> list[tuple[str, nn.Module]]:
     >>> [name for name, _ in find_recurrent(nn.Sequential(nn.Linear(2, 3), nn.RNNCell(3, 4)))]
     ['1']
     """
+    check_module(module)
     found: list[tuple[str, nn.Module]] = []
     for name, layer in module.named_modules():
         inside = any(layer is not outer and layer in outer.modules() for _, outer in found)
@@ -946,6 +947,13 @@ def find_recurrent(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def check_module(module: object) -> None:
+    """Raise `InputError` for what is no module."""
+    if not isinstance(module, nn.Module):
+        got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise InputError(f"give a module, such as nn.LSTM(8, 16) or a model that holds one, not {got}")
+
+
 def check_recurrent(layer: nn.Module, name: str = "") -> None:
     """Raise `InputError` in one sentence for a layer that is bidirectional, projected, or holds numbers not finite."""
     label = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
@@ -953,6 +961,8 @@ def check_recurrent(layer: nn.Module, name: str = "") -> None:
         raise InputError(f"{label} is bidirectional, so its outputs depend on the future: give a one-directional layer")
     if getattr(layer, "proj_size", 0):
         raise InputError(f"{label} has proj_size={layer.proj_size}: give an LSTM without a projection")
+    if any(value.is_meta for value in layer.parameters()):
+        raise InputError(f"{label} is on the meta device, where weights have no values: load them first")
     for tensor, value in (*layer.named_parameters(), *layer.named_buffers()):
         if not value.isfinite().all():
             raise InputError(f"{label} has NaN or infinite values in {tensor}: give a module with finite weights")
@@ -1014,13 +1024,15 @@ class StateLayout:
         >>> StateLayout.of(nn.LSTM(1, 3, 2)).flatten((h, h + 1)).shape
         torch.Size([5, 12])
         """
-        state = torch.cat([self._as_batch(part) for part in self._in_order(hx)], -1).transpose(0, 1)
-        return state.reshape(state.shape[0], -1)
+        parts = [self._as_batch(part) for part in self._in_order(hx)]
+        if len({part.shape[1] for part in parts}) > 1:
+            raise InputError("h and c have different batch sizes: give one of each for every sequence")
+        return torch.cat(parts, -1).transpose(0, 1).flatten(1)
 
     def _in_order(self, hx: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         if self.parts == 1 and isinstance(hx, Tensor):
             return (hx,)
-        if self.parts == 2 and not isinstance(hx, Tensor) and len(hx) == 2:
+        if self.parts == 2 and isinstance(hx, tuple | list) and [isinstance(part, Tensor) for part in hx] == [True] * 2:
             return hx[1], hx[0]
         wanted = "one tensor h" if self.parts == 1 else "a pair of tensors (h, c)"
         raise InputError(f"the state of {self.owner} is {wanted}: give it in that form")

@@ -41,7 +41,7 @@ from unrecurrent.cells import (
     spectral_norm,
 )
 from unrecurrent.digests import tensor_digest
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, as_number
 
 METHODS = ("best", "componentwise", "spectral", "miller-hardt")
 # A rate counts as below 1 when it is by more than this: more than float64 rounding of the sums behind it.
@@ -459,11 +459,10 @@ class Certificate:
         below `eps` from the k-th step on. None where nothing is proved, where the state has no bound (a ReLU layer with
         unbounded inputs) or none that float64 can follow, and for a model of several recurrent modules.
         """
-        if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
-            raise InputError(f"eps must be a positive number, got {eps!r}")
+        eps = checked_eps(eps)
         if not self.stable:
             return None
-        horizons = [proof.horizon(float(eps), self.readout) for proof in self.proofs]
+        horizons = [proof.horizon(eps, self.readout) for proof in self.proofs]
         return min((k for k in horizons if k is not None), default=None)
 
     def is_about(self, module: nn.Module) -> bool:
@@ -548,6 +547,14 @@ class Certificate:
         if self.cell is None:
             raise InputError("only the certificate of one recurrent module has a state: use those in .layers")
         return self.cell
+
+
+def checked_eps(eps: Any) -> float:
+    """A change a horizon can be about, or `InputError`."""
+    number = as_number(eps)
+    if number is None or number <= 0:
+        raise InputError(f"eps must be a positive number, got {eps!r}")
+    return number
 
 
 def _summary(certificate: Certificate) -> str:
@@ -790,15 +797,22 @@ def _allowed(layer: nn.Module, inputs: Any, input_bound: float | None, embedding
     if inputs is not None:
         return _data(layer, inputs)
     if input_bound is not None:
-        if not (isinstance(input_bound, (int, float)) and math.isfinite(input_bound) and input_bound >= 0):
-            raise InputError(f"input_bound must be a number of at least 0, got {input_bound!r}")
-        sentence = f"inputs with every component between {-input_bound:g} and {input_bound:g} when they reach the layer"
-        return _Allowed(BoxInput.bounded(float(input_bound), width), sentence)
+        bound = checked_bound(input_bound)
+        sentence = f"inputs with every component between {-bound:g} and {bound:g} when they reach the layer"
+        return _Allowed(BoxInput.bounded(bound, width), sentence)
     if embedding is not None:
         table = _table(embedding)
         _check_points(table, width, "the embedding")
         return _Allowed(PointInput(table), f"sequences of the {len(table):,} rows of the embedding table")
     return _Allowed(AnyInput(), "all inputs")
+
+
+def checked_bound(input_bound: Any) -> float:
+    """A bound on the inputs, or `InputError`."""
+    bound = as_number(input_bound)
+    if bound is None or bound < 0:
+        raise InputError(f"input_bound must be a number of at least 0, got {input_bound!r}")
+    return bound
 
 
 def _data(layer: nn.Module, inputs: Any) -> _Allowed:
@@ -858,6 +872,11 @@ def _capture(model: nn.Module, found: Sequence[tuple[str, nn.Module]], inputs: A
         model.eval()
         with torch.no_grad():
             model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    except InputError:
+        raise
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"running the model on the inputs failed ({said}): give what its forward takes") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -874,6 +893,8 @@ def _captured(layer: nn.Module, name: str, seen: list[Tensor], starts: list[Any]
 
 
 def _range(states: Tensor) -> Interval:
+    if len(states) == 0:
+        raise InputError("h0 is empty: give at least one start state")
     if not states.isfinite().all():
         raise InputError("h0 holds NaN or infinite values: give finite start states")
     return Interval(states.amin(0), states.amax(0))
