@@ -752,3 +752,15 @@ def test_numbers_of_numpy_and_torch_are_numbers(bound):
     certificate = certify(scaled_rows(nn.GRU(D, 4), 0.2), input_bound=bound)
     assert "between -1 and 1" in certificate.assumptions[0]
     assert certificate.horizon(0.01 * bound) == certificate.horizon(0.01)
+
+
+def test_the_readout_of_a_model_is_that_of_its_last_layer():
+    model = nn.ModuleDict({"a": scaled_rows(nn.RNN(D, 4), 0.3), "b": scaled_rows(nn.GRU(4, 5), 0.2)})
+    certificate = certify(model, input_bound=1.0, readout=nn.Linear(5, 2))
+    assert [layer.readout.weight is None for layer in certificate.layers] == [True, False]
+    text = repr(certificate)
+    assert "one by one" in text
+    assert "b: stable, rate" in text
+    assert "horizon" not in text
+    with pytest.raises(InputError, match="reads 4 units, but the last layer has 5"):
+        certify(model, input_bound=1.0, readout=nn.Linear(4, 2))

@@ -536,11 +536,12 @@ class Certificate:
         label = f" of {self.name}" if self.name else ""
         if self.stable:
             lines = [f"Certificate{label}: stable, rate {self.rate:.6g} ({self.method})"]
-            lines += [f"  horizon({eps:g}) = {self.horizon(eps)} on {self.readout.subject}" for eps in (1e-2, 1e-3)]
+            shown = () if self.cell is None else (1e-2, 1e-3)  # several modules have no common horizon
+            lines += [f"  horizon({eps:g}) = {self.horizon(eps)} on {self.readout.subject}" for eps in shown]
         else:
             lines = [f"Certificate{label}: not proved stable ({self.method})", *(f"  {r}" for r in self.reasons)]
         lines += [f"  holds for {sentence}" for sentence in self.assumptions]
-        lines += [f"  layer {n}: {_summary(layer)}" for n, layer in enumerate(self.layers)]
+        lines += [f"  {layer.name or f'layer {n}'}: {_summary(layer)}" for n, layer in enumerate(self.layers)]
         return "\n".join(lines)
 
     def _cell(self) -> StackedCell:
@@ -597,7 +598,8 @@ def certify(
 
     Args:
         module: an `nn.RNN/LSTM/GRU` (any number of layers) or one of their cells, a `StableLSTM`, any module that holds
-            them, or a `Cell`. With several recurrent modules each gets its own certificate, in `.layers`.
+            them, or a `Cell`. Several recurrent modules are certified one by one, each with what it is taken to read,
+            since how they are wired is not known: in `.layers`, and without a common horizon.
         inputs: what the statement is about. Data for the layer, (T, B, D) or (B, T, D), or any number of rows (N, D):
             it then holds for inputs whose drive U x + b stays in the range seen, unit by unit. For a model that holds
             the layer: an argument (or a tuple of them) to run the model on, to see what reaches the layer.
@@ -608,7 +610,7 @@ def certify(
         h0: start states in the module's own layout; the zero state is always covered. They widen the invariant bounds
             where they lie outside.
         readout: an `nn.Linear` on the last layer's h, or `nn.Sequential(linear, nn.LogSoftmax(-1))`: horizons are then
-            about its outputs.
+            about its outputs. Of several recurrent modules it is taken to read the last.
         method: "componentwise" (T itself), "spectral" (RNN: ‖diag(L) W‖₂), "best" (the better of the two), or
             "miller-hardt" (RNN and LSTM: the sufficient conditions of Miller and Hardt, ICLR 2019).
 
@@ -661,9 +663,10 @@ def certify_in_norms(
         allowed = _capture(module, found, inputs)
     else:
         allowed = [_allowed(layer, inputs, input_bound, embedding) for _, layer in found]
+    readouts = [*(Readout() for _ in found[1:]), answer]  # what reads a model reads its last layer
     certificates = [
-        _certify_layer(layer, name, method, answer, what, h0, norms.get(layer, getattr(layer, "known_norms", ())))
-        for (name, layer), what in zip(found, allowed, strict=True)
+        _certify_layer(layer, name, method, readout, what, h0, norms.get(layer, getattr(layer, "known_norms", ())))
+        for (name, layer), what, readout in zip(found, allowed, readouts, strict=True)
     ]
     return certificates[0] if len(certificates) == 1 else _joint(certificates)
 
@@ -773,7 +776,10 @@ def _joint(certificates: Sequence[Certificate]) -> Certificate:
         stable=all(certificate.stable for certificate in certificates),
         rate=None if None in rates else max(rate for rate in rates if rate is not None),
         method=" + ".join(sorted({certificate.method for certificate in certificates})),
-        assumptions=("each of the recurrent modules by itself, as its own certificate says",),
+        assumptions=(
+            "each of the recurrent modules by itself, as its own certificate says: modules that are not one stack are "
+            "certified one by one",
+        ),
         reasons=tuple(f"{c.name}: {reason}" for c in certificates for reason in c.reasons),
         layers=tuple(certificates),
     )
