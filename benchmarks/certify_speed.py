@@ -2,9 +2,9 @@
 
     python benchmarks/certify_speed.py
 
-Each layer is measured in a process of its own, so that the peak memory is its own; two kinds of weights: those torch
-starts with, for which the search for a rate ends soon, and contracting ones, for which it is longest. Memory is what
-the process grew by at its peak; horizons are for 0.01.
+Each layer is measured in a process of its own, so that the peak memory is its own; three kinds of weights: those torch
+starts with, for which the search for a rate ends soon, contracting ones, for which it is longest, and for the LSTMs
+ones that forget slowly, at a rate near 1. Memory is what the process grew by at its peak; horizons are for 0.01.
 """
 
 import argparse
@@ -20,25 +20,39 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from unrecurrent.cells import CoupledLSTMCell
 from unrecurrent.certificate import certify
 from unrecurrent.records import command_line, make_record, write_records
+from unrecurrent.stable_lstm import StableLSTM
 
-MODELS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
-VARIANTS = {"as initialised": None, "row sums 0.05": 0.05}
+MODELS = {"rnn": nn.RNN, "lstm": nn.LSTM, "coupled-lstm": nn.LSTM, "gru": nn.GRU, "stable-lstm": StableLSTM}
+SLOW = "slow forgetting"
+VARIANTS = {"as initialised": None, "row sums 0.05": 0.05, SLOW: 2e-4}
 
 
-def prepare(model: str, hidden_size: int, row_sum: float | None) -> nn.Module:
+def prepare(model: str, hidden_size: int, variant: str) -> nn.Module:
     torch.manual_seed(0)
-    layer = MODELS[model](hidden_size, hidden_size)
-    if row_sum is not None:
-        with torch.no_grad():
-            for block in layer.weight_hh_l0.split(hidden_size):
-                block.mul_(row_sum / block.abs().sum(1, keepdim=True))
+    row_sum, slow = VARIANTS[variant], variant == SLOW
+    layer = MODELS[model](hidden_size, hidden_size, **({"rate": 0.9995} if slow and model == "stable-lstm" else {}))
+    with torch.no_grad():
+        for block in layer.weight_hh_l0.split(hidden_size) if row_sum is not None else ():
+            block.mul_(row_sum / block.abs().sum(1, keepdim=True))
+        if slow:
+            layer.weight_ih_l0.mul_(0.1)
+            gate = 0 if model == "stable-lstm" else 1
+            layer.bias_ih_l0.view(-1, hidden_size)[gate] = 7 * torch.rand(hidden_size)
+        if model == "coupled-lstm":
+            for parameter in layer.parameters():
+                parameter[:hidden_size] = -parameter[hidden_size : 2 * hidden_size]
     return layer
 
 
-def measure(model: str, hidden_size: int, row_sum: float | None, repeats: int) -> dict[str, Any]:
-    layer = prepare(model, hidden_size, row_sum)
+def variants(model: str) -> list[str]:
+    return [variant for variant in VARIANTS if variant != SLOW or "lstm" in model]
+
+
+def measure(model: str, hidden_size: int, variant: str, repeats: int) -> dict[str, Any]:
+    layer = prepare(model, hidden_size, variant)
     inputs = 0.3 * torch.randn(35, 32, hidden_size)
     certify(nn.RNN(2, 2))
     before = _peak_mib()
@@ -46,6 +60,7 @@ def measure(model: str, hidden_size: int, row_sum: float | None, repeats: int) -
     for _ in range(repeats):
         started = time.perf_counter()
         certificate = certify(layer, inputs=inputs)
+        assert isinstance(certificate.cell.cells[0], CoupledLSTMCell) == (model == "coupled-lstm")
         seconds.append(time.perf_counter() - started)
     started = time.perf_counter()
     horizon = certificate.horizon(1e-2)
@@ -71,9 +86,9 @@ def main() -> None:
     records, table = [], Table("layer", "H", "weights", "certify, s", "horizon, s", "memory, MiB", "rate")
     for size in options.sizes:
         for model in MODELS:
-            for variant, row_sum in VARIANTS.items():
+            for variant in variants(model):
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    found = pool.apply(measure, (model, size, row_sum, options.repeats))
+                    found = pool.apply(measure, (model, size, variant, options.repeats))
                 seconds = statistics.median(found["seconds"])
                 common = {
                     "command": command_line(),

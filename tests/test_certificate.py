@@ -8,6 +8,7 @@ import pickle
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -589,6 +590,10 @@ def test_the_repr_says_what_is_proved_and_when() -> None:
         ({"embedding": "words"}, "nn.Embedding"),
         ({"h0": torch.full((1, 2, 4), math.inf)}, "h0 holds NaN or infinite"),
         ({"h0": torch.zeros(2, 2, 4)}, "1 layer"),
+        ({"h0": torch.zeros(1, 0, 4)}, "h0 is empty"),
+        ({"h0": 3}, "one tensor h"),
+        ({"input_bound": True}, "input_bound"),
+        ({"input_bound": torch.ones(2)}, "input_bound"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments: dict, words: str) -> None:
@@ -597,10 +602,44 @@ def test_bad_arguments_get_one_sentence(arguments: dict, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan, math.inf, "small"])
+@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan, math.inf, "small", True, None])
 def test_eps_must_be_a_positive_number(eps: object) -> None:
     with pytest.raises(InputError, match="eps"):
         certify(nn.RNN(D, 4)).horizon(eps)
+
+
+def test_horizons_are_computed_once(monkeypatch) -> None:
+    module = scaled_rows(nn.GRU(D, 4), 0.2)
+    certificate, fresh, steps = (certify(module, input_bound=1.0), certify(module, input_bound=1.0), [])
+    propagate = GRUCell.propagate
+    monkeypatch.setattr(GRUCell, "propagate", lambda *given: (steps.append(1), propagate(*given))[1])
+    assert fresh.horizon(1e-4) == certificate.horizon(1e-4)
+    taken = len(steps)
+    for again in (repr, Certificate.to_dict, lambda c: c.horizon(1e-4)):
+        again(certificate)
+    assert len(steps) < 1.5 * taken  # those of one horizon, and a few to see whether the others are settled
+    repeated = len(steps)
+    repr(certificate)
+    assert len(steps) == repeated
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_slopes_unit_by_unit_are_the_derivative_of_the_propagator(kind) -> None:
+    cell = certify(random_module(kind, 1, 0.3, "dense", seed=4), input_bound=1.0).cell.cells[0]
+    e = torch.rand(cell.state_size, dtype=torch.float64) + 0.1
+    torch.testing.assert_close(cell.jacobian(e), torch.autograd.functional.jacobian(cell.propagate, e))
+
+
+def test_a_layer_that_forgets_slowly_is_certified_as_soon() -> None:
+    torch.manual_seed(0)
+    lstm = scaled_rows(nn.LSTM(64, 128), 0.001)
+    with torch.no_grad():
+        lstm.weight_ih_l0.mul_(0.1)
+        lstm.bias_ih_l0[128:256] = 7 * torch.rand(128)
+    started = time.process_time()
+    certificate = certify(lstm, inputs=torch.randn(35, 8, 64))
+    assert time.process_time() - started < 3
+    assert 0.998 < certificate.rate < 1
 
 
 def test_a_layer_is_certified_in_seconds() -> None:
@@ -658,3 +697,70 @@ def test_every_start_state_a_model_uses_is_covered():
     x = torch.randn(4, 1, 2)
     certificate = certify(Twice(), inputs=x)
     assert certificate.holds_for(x, torch.full((1, 1, 3), 5.0))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRU(D, 4, 2), lambda: nn.LSTMCell(D, 4), lambda: StableLSTM(D, 4)])
+def test_a_certificate_is_about_the_weights_that_were_used_and_no_others(make):
+    module = make()
+    certificate = certify(module, input_bound=1.0)
+    assert certificate.is_about(module)
+    assert certificate.is_about(copy.deepcopy(module).double())
+    with torch.no_grad():
+        module.get_parameter(next(name for name, _ in module.named_parameters() if "bias_hh" in name))[0] += 1
+    assert not certificate.is_about(module)
+
+
+def test_a_certificate_notices_that_a_parametrized_weight_changed():
+    module = nn.utils.parametrizations.weight_norm(nn.RNN(D, 4), "weight_hh_l0")
+    certificate = certify(module)
+    assert certificate.is_about(module)
+    with torch.no_grad():
+        module.parametrizations.weight_hh_l0.original0.mul_(3)
+    assert not certificate.is_about(module)
+
+
+@pytest.mark.parametrize("given", [3, None, nn.GRU(D, 4).state_dict(), nn.LSTM])
+def test_what_is_no_module_gets_one_sentence(given):
+    with pytest.raises(InputError, match="give a module, such as"):
+        certify(given, input_bound=1.0)
+
+
+@pytest.mark.parametrize("h0", [3, (torch.zeros(1, 2, 4), 3), torch.zeros(1, 2, 4)])
+def test_a_state_that_is_no_pair_gets_one_sentence(h0):
+    with pytest.raises(InputError, match="a pair of tensors"):
+        certify(nn.LSTM(D, 4), input_bound=1.0, h0=h0)
+    with pytest.raises(InputError, match="different batch sizes"):
+        certify(nn.LSTM(D, 4), input_bound=1.0, h0=(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4)))
+
+
+def test_weights_without_values_get_one_sentence():
+    with pytest.raises(InputError, match="meta device"):
+        certify(nn.LSTM(D, 4, device="meta"), input_bound=1.0)
+
+
+@pytest.mark.parametrize("inputs", ["abc", torch.zeros(2, 3, 7), 3])
+def test_inputs_a_model_cannot_run_on_get_one_sentence(inputs):
+    model = nn.Sequential(nn.Linear(D, D), nn.GRU(D, 4)).train()
+    with pytest.raises(InputError, match="running the model on the inputs failed") as caught:
+        certify(model, inputs=inputs)
+    assert "\n" not in str(caught.value)
+    assert model.training
+
+
+@pytest.mark.parametrize("bound", [1, numpy.float32(1), numpy.array(1.0), torch.tensor(1.0)])
+def test_numbers_of_numpy_and_torch_are_numbers(bound):
+    certificate = certify(scaled_rows(nn.GRU(D, 4), 0.2), input_bound=bound)
+    assert "between -1 and 1" in certificate.assumptions[0]
+    assert certificate.horizon(0.01 * bound) == certificate.horizon(0.01)
+
+
+def test_the_readout_of_a_model_is_that_of_its_last_layer():
+    model = nn.ModuleDict({"a": scaled_rows(nn.RNN(D, 4), 0.3), "b": scaled_rows(nn.GRU(4, 5), 0.2)})
+    certificate = certify(model, input_bound=1.0, readout=nn.Linear(5, 2))
+    assert [layer.readout.weight is None for layer in certificate.layers] == [True, False]
+    text = repr(certificate)
+    assert "one by one" in text
+    assert "b: stable, rate" in text
+    assert "horizon" not in text
+    with pytest.raises(InputError, match="reads 4 units, but the last layer has 5"):
+        certify(model, input_bound=1.0, readout=nn.Linear(4, 2))

@@ -72,6 +72,7 @@ def test_damaged_checkpoint_is_one_sentence(checkpoint, capsys, monkeypatch):
         (("compare", "text:missing.txt"), "missing.txt"),
         (("train", "jsb", "--model", "lsmt", "--out", "x"), "did you mean 'lstm'"),
         (("certify", "no-such-folder"), "is no checkpoint"),
+        (("certify", "no-such-folder", "--eps", -3), "eps must be a positive number"),
         (("data", "get", "jbs"), "did you mean 'jsb'"),
     ],
 )

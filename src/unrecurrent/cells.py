@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +250,10 @@ class Propagator(ABC):
     def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
         """Error one step later, T(e); `input_error` bounds the change of the layer's own input (None: no change)."""
 
+    def jacobian(self, e: Tensor) -> Tensor:
+        """The derivative of T at e > 0, (state_size, state_size): the linear map below T that meets it at e."""
+        return torch.autograd.functional.jacobian(self.propagate, e, vectorize=True)
+
     @abstractmethod
     def hidden(self, e: Tensor) -> Tensor:
         """The part of an error vector that bounds the output h of the (last) layer."""
@@ -443,6 +448,26 @@ class DenseCell(Cell):
             moved = moved + input_error @ self.input_magnitude.T
         return moved.split(self.hidden_size, -1)
 
+    @abstractmethod
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        """T(e) from how far each gate's pre-activation moves; every unit looks at its own entries only."""
+
+    def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
+        return self._spread(e, self._moved(self.hidden(e), input_error))
+
+    def jacobian(self, e: Tensor) -> Tensor:
+        """`Propagator.jacobian`, from slopes unit by unit and W: one backward pass for each part of the state."""
+        parts = [part.clone().requires_grad_() for part in e.split(self.hidden_size)]
+        moved = [part.clone().requires_grad_() for part in self._moved(self.hidden(e), None)]
+        spread, rows = self._spread(torch.cat(parts), moved), []
+        for part in spread.split(self.hidden_size):
+            slopes = torch.autograd.grad(part.sum(), [*parts, *moved], retain_graph=True, materialize_grads=True)
+            own, by_gate = slopes[: len(parts)], torch.cat(slopes[len(parts) :]).unsqueeze(1) * self.recurrent
+            blocks = [torch.diag(slope) for slope in own]
+            blocks[-1] += by_gate.view(-1, self.hidden_size, self.hidden_size).sum(0)
+            rows.append(torch.cat(blocks, 1))
+        return torch.cat(rows)
+
     def _linear(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         total = x @ self.weight_ih.T + self.bias_ih + hidden @ self.weight_hh.T + self.bias_hh
         return total.split(self.hidden_size, -1)
@@ -484,8 +509,8 @@ class RNNCell(DenseCell):
         smallest = torch.maximum(argument.low, -argument.high).clamp_min(0)
         self.slope = torch.cosh(smallest).pow(-2)
 
-    def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
-        return self.slope * self._moved(e, input_error)[0]
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        return self.slope * moved[0]
 
 
 class ReLURNNCell(RNNCell):
@@ -579,9 +604,9 @@ class LSTMCell(DenseCell):
         self.candidate, self.output = _Tanh(z), _Tanh(c)
         self.largest_c = c.magnitude
 
-    def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
-        e_c, e_h = e.split(self.hidden_size, -1)
-        w_i, w_f, w_z, w_o = self._moved(e_h, input_error)
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        e_c = e[..., : self.hidden_size]
+        w_i, w_f, w_z, w_o = moved
         kept = largest_gated(self.forget_gate, e_c, _times(self.largest_c, w_f))
         e_c = kept + _largest_product(self.input_gate, self.candidate, w_z, w_i)
         return torch.cat([e_c, _largest_product(self.output_gate, self.output, e_c, w_o)], -1)
@@ -655,9 +680,9 @@ class ScaledGateLSTMCell(DenseCell):
         self.candidate, self.output = _Tanh(z), _Tanh(c)
         self.distance = self.candidate.distance_to(c)
 
-    def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
-        e_c, e_h = e.split(self.hidden_size, -1)
-        w_f, w_z, w_o = self._moved(e_h, input_error)
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        e_c = e[..., : self.hidden_size]
+        w_f, w_z, w_o = moved
         e_c = _largest_mixture(self.forget_gate, self.candidate, w_z, e_c, self.distance, w_f, self.ceiling)
         return torch.cat([e_c, _largest_product(self.output_gate, self.output, e_c, w_o)], -1)
 
@@ -791,7 +816,17 @@ class GRUCell(DenseCell):
             e_n = largest_gated(self.reset_gate, e @ self.recurrent_n.T, self.largest_product * w_r)
         else:
             e_n = largest_gated(self.reset_gate, e, self.largest_product * w_r) @ self.recurrent_n.T
-        return _largest_mixture(self.update_gate, self.candidate, e_n + outside, e, self.distance, w_z)
+        return self._mixed(e, e_n + outside, w_z)
+
+    def _spread(self, e: Tensor, moved: Sequence[Tensor]) -> Tensor:
+        w_r, w_z, w_n = moved
+        return self._mixed(e, largest_gated(self.reset_gate, w_n, self.largest_product * w_r), w_z)
+
+    def _mixed(self, e: Tensor, e_n: Tensor, w_z: Tensor) -> Tensor:
+        return _largest_mixture(self.update_gate, self.candidate, e_n, e, self.distance, w_z)
+
+    def jacobian(self, e: Tensor) -> Tensor:
+        return super().jacobian(e) if self.reset_after else Propagator.jacobian(self, e)
 
 
 class NormPropagator(Propagator):
@@ -897,6 +932,7 @@ def find_recurrent(module: nn.Module) -> list[tuple[str, nn.Module]]:
     >>> [name for name, _ in find_recurrent(nn.Sequential(nn.Linear(2, 3), nn.RNNCell(3, 4)))]
     ['1']
     """
+    check_module(module)
     found: list[tuple[str, nn.Module]] = []
     for name, layer in module.named_modules():
         inside = any(layer is not outer and layer in outer.modules() for _, outer in found)
@@ -911,6 +947,13 @@ def find_recurrent(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def check_module(module: object) -> None:
+    """Raise `InputError` for what is no module."""
+    if not isinstance(module, nn.Module):
+        got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise InputError(f"give a module, such as nn.LSTM(8, 16) or a model that holds one, not {got}")
+
+
 def check_recurrent(layer: nn.Module, name: str = "") -> None:
     """Raise `InputError` in one sentence for a layer that is bidirectional, projected, or holds numbers not finite."""
     label = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
@@ -918,6 +961,8 @@ def check_recurrent(layer: nn.Module, name: str = "") -> None:
         raise InputError(f"{label} is bidirectional, so its outputs depend on the future: give a one-directional layer")
     if getattr(layer, "proj_size", 0):
         raise InputError(f"{label} has proj_size={layer.proj_size}: give an LSTM without a projection")
+    if any(value.is_meta for value in layer.parameters()):
+        raise InputError(f"{label} is on the meta device, where weights have no values: load them first")
     for tensor, value in (*layer.named_parameters(), *layer.named_buffers()):
         if not value.isfinite().all():
             raise InputError(f"{label} has NaN or infinite values in {tensor}: give a module with finite weights")
@@ -979,13 +1024,15 @@ class StateLayout:
         >>> StateLayout.of(nn.LSTM(1, 3, 2)).flatten((h, h + 1)).shape
         torch.Size([5, 12])
         """
-        state = torch.cat([self._as_batch(part) for part in self._in_order(hx)], -1).transpose(0, 1)
-        return state.reshape(state.shape[0], -1)
+        parts = [self._as_batch(part) for part in self._in_order(hx)]
+        if len({part.shape[1] for part in parts}) > 1:
+            raise InputError("h and c have different batch sizes: give one of each for every sequence")
+        return torch.cat(parts, -1).transpose(0, 1).flatten(1)
 
     def _in_order(self, hx: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         if self.parts == 1 and isinstance(hx, Tensor):
             return (hx,)
-        if self.parts == 2 and not isinstance(hx, Tensor) and len(hx) == 2:
+        if self.parts == 2 and isinstance(hx, tuple | list) and [isinstance(part, Tensor) for part in hx] == [True] * 2:
             return hx[1], hx[0]
         wanted = "one tensor h" if self.parts == 1 else "a pair of tensors (h, c)"
         raise InputError(f"the state of {self.owner} is {wanted}: give it in that form")
@@ -1002,13 +1049,16 @@ class StateLayout:
         return full
 
 
-def _build_cell(layer: nn.Module, number: int, inputs: InputSet, start: Interval | None, see_ties: bool) -> DenseCell:
+def cell_tensors(layer: nn.Module, number: int) -> dict[str, Any]:
+    """What the cell of layer `number` is built from, by name; a parametrized weight as it is computed."""
     suffix = f"_l{number}" if StateLayout.of(layer).has_layer_dimension else ""
-    weight_ih, weight_hh = getattr(layer, "weight_ih" + suffix), getattr(layer, "weight_hh" + suffix)
-    bias_ih, bias_hh = getattr(layer, "bias_ih" + suffix, None), getattr(layer, "bias_hh" + suffix, None)
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "forget_ceiling")
+    return {name: getattr(layer, name + suffix, None) for name in names}
+
+
+def _build_cell(layer: nn.Module, number: int, inputs: InputSet, start: Interval | None, see_ties: bool) -> DenseCell:
+    *weights, ceiling = cell_tensors(layer, number).values()
     if _kind(layer) == "scaled-gate-lstm":
-        ceiling = getattr(layer, "forget_ceiling" + suffix)
         return ScaledGateLSTMCell(*weights, forget_ceiling=ceiling, inputs=inputs, start=start)
     if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
         lstm = CoupledLSTMCell if see_ties and CoupledLSTMCell.is_tied(*weights) else LSTMCell

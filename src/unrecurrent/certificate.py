@@ -34,13 +34,14 @@ from unrecurrent.cells import (
     StateLayout,
     balanced_weights,
     build_cells,
+    cell_tensors,
     euclidean_rnn,
     find_recurrent,
     is_recurrent,
     spectral_norm,
 )
 from unrecurrent.digests import tensor_digest
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, as_number
 
 METHODS = ("best", "componentwise", "spectral", "miller-hardt")
 # A rate counts as below 1 when it is by more than this: more than float64 rounding of the sums behind it.
@@ -51,18 +52,19 @@ RATE_TOLERANCE = 1e-7
 # Of the first so many steps every other is extrapolated from so many iterates.
 EXTRAPOLATED_STEPS = 200
 EXTRAPOLATION_WINDOW = 8
-# Where that many steps leave the bounds further apart than this share of 1 − rate, as they do for units that forget
-# slowly, a state of up to this size is worth solving linear equations for, this many times.
-POLISH_GAP = 1e-3
+# Where those steps leave the bounds further apart than this share of 1 − rate, as they do for units that forget
+# slowly, a state of up to this size is worth solving linear equations for, this many times, or until they agree to the
+# smaller share, of the rate too.
+POLISH_GAP, POLISH_MET = 1e-3, 1e-4
 POLISH_SIZE = 512
-POLISH_STEPS = 8
+POLISH_STEPS = 24
 # States up to this size get this many steps instead, which still take no time.
 POLISH_SMALL = 64
 POLISH_SPREAD = 1e-30
 # No weight is smaller than this, so that the products behind T(v) stay far from the smallest numbers of float64.
 LEAST_WEIGHT = 1e-250
 # Where the weights of a stack's layers are too far apart for float64, these powers of them are tried.
-STACK_POWERS = (1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.05, 0)
+STACK_POWERS = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.05, 0)
 TINY = 1e-300
 # Horizon: iterate at most this often, this many steps at a time, then extrapolate with the rate.
 HORIZON_STEPS = 10_000
@@ -115,14 +117,20 @@ def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
         extrapolate = step % 2 == 1 and step < EXTRAPOLATED_STEPS
         v = _extrapolated(path) if extrapolate else damped
         if step == EXTRAPOLATED_STEPS:
+            if best - floor > POLISH_GAP * abs(1 - best) and propagator.state_size <= POLISH_SIZE:
+                best, best_v, floor = _polished(propagator, best, best_v, floor)
             v = best_v
+            if _met(best, floor):
+                break
     if best - floor > POLISH_GAP * abs(1 - best) and propagator.state_size <= POLISH_SIZE:
-        return _polished(propagator, best, best_v)
+        best, best_v, _ = _polished(propagator, best, best_v, floor)
     return best, best_v
 
 
-def _polished(propagator: Propagator, best: float, v: Tensor) -> tuple[float, Tensor]:
-    """Improve a rate and its weights v by Noda's iteration, v ← (λ − J)⁻¹ v with J the Jacobian of T at v.
+def _polished(propagator: Propagator, best: float, v: Tensor, floor: float) -> tuple[float, Tensor, float]:
+    """Improve a rate, its weights v and the bound from below by Noda's iteration.
+
+    v ← (λ − J)⁻¹ v with J the Jacobian of T at v.
 
     T is the maximum of linear maps, J the one that is largest at v, and λ the bound that v proves, so that the inverse
     is non-negative and v stays positive; convergence is quadratic. Every v proves its own bound, as ever.
@@ -131,20 +139,23 @@ def _polished(propagator: Propagator, best: float, v: Tensor) -> tuple[float, Te
     """
     best_v, identity, upper = v, torch.eye(len(v), dtype=v.dtype), best
     for _ in range(POLISH_STEPS if len(v) > POLISH_SMALL else POLISH_SMALL):
-        jacobian = torch.autograd.functional.jacobian(propagator.propagate, v, vectorize=True)
-        v, singular = torch.linalg.solve_ex(upper * (1 + 1e-12) * identity - jacobian, v)
+        v, singular = torch.linalg.solve_ex(upper * (1 + 1e-12) * identity - propagator.jacobian(v), v)
         if singular or not bool((v > 0).all() and v.isfinite().all()):
             break
         # A reducible T asks for weights ever further apart; too far apart they would do for no layer above this one.
         v = (v / v.max()).clamp_min(POLISH_SPREAD)
         ratios = propagator.propagate(v) / v
-        upper = float(ratios.max())
+        upper, floor = float(ratios.max()), max(floor, float(ratios.min()))
         # Where another of the linear maps becomes the largest, the bound may rise before it falls.
         if upper < best:
             best, best_v = upper, v
-        if upper - float(ratios.min()) <= RATE_TOLERANCE * upper:
+        if _met(best, floor):
             break
-    return best, best_v
+    return best, best_v, floor
+
+
+def _met(best: float, floor: float) -> bool:
+    return best - floor <= max(RATE_TOLERANCE * best, POLISH_MET * min(best, abs(1 - best)))
 
 
 def _normalised(v: Tensor) -> Tensor:
@@ -163,18 +174,18 @@ def _extrapolated(path: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def _stacked_rate(stack: Stack, parts: Sequence[tuple[float, Tensor]]) -> tuple[float, Tensor]:
     """Rate of a stack from those of its layers: T is block-triangular, so it is as good as its worst layer.
 
-    The weights of a layer may be so far apart that those of the stack would overflow. Then they are moved together, to
-    powers v^p, which costs each layer some of its rate: of the powers tried the best is kept.
+    The weights of a layer may be so far apart that those of the stack would overflow. Then they are moved together: the
+    smallest raised, or all taken to powers v^p. Either costs each layer some of its rate; the best one tried is kept.
     """
     worst = max(rate for rate, _ in parts)
     best, best_v = math.inf, torch.ones(stack.state_size, dtype=torch.float64)
     if not math.isfinite(worst):
         return best, best_v
     negligible = _negligible(worst)
-    for power in STACK_POWERS:
-        nearer = [v**power for _, v in parts]
-        rates = [rate for rate, _ in parts] if power == 1 else list(map(_ratio_bound, stack.layers, nearer))
-        v = _scaled_up(stack, rates, nearer, 1.0 if power == 1 else LEAST_WEIGHT)
+    for power, spread in ((1, 0.0), (1, POLISH_SPREAD), *((power, 0.0) for power in STACK_POWERS)):
+        nearer = [(v / v.max()).clamp_min(spread) ** power for _, v in parts]
+        rates = [_ratio_bound(layer, v) for layer, v in zip(stack.layers, nearer, strict=True)]
+        v = _scaled_up(stack, rates, nearer, LEAST_WEIGHT if power < 1 else 1.0)
         rate = _ratio_bound(stack, v)
         if rate < best:
             best, best_v = rate, v
@@ -203,7 +214,7 @@ def _scaled_up(stack: Stack, rates: Sequence[float], weights: Sequence[Tensor], 
     below = None
     for layer, rate, v in zip(stack.layers, rates, weights, strict=True):
         if below is None:
-            v = v * min(1.0, least / float(v.min())) if least < 1 else v
+            v = v * min(1.0, least / float(v.min()))
         else:
             sent = layer.propagate(torch.zeros_like(v), below)
             v = v * max(1.0, float((sent / v).max()) / (worst - rate + _negligible(worst)))
@@ -254,6 +265,8 @@ class Proof:
     propagator: Stack
     rate: float
     weights: Tensor
+    _horizons: dict[tuple[float, Readout], int | None] = field(default_factory=dict, repr=False)
+    _blocks: dict[Readout, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, method: str, propagator: Stack) -> "Proof":
@@ -271,29 +284,42 @@ class Proof:
         """Smallest k such that T^j(e_0) changes the readout by at most `eps` for *every* j ≥ k; None without proof.
 
         T^j need not fall monotonically. It is settled once T(e) ≤ e in all components, because then it falls for ever
-        after, or once the v-weighted norm of e is too small for the readout to exceed `eps`.
+        after, or once the v-weighted norm of e is too small for the readout to exceed `eps`. What was computed is kept:
+        asked again, or for another `eps`, the steps are not taken again.
         """
-        e = self.propagator.invariant()
-        if not (self.contracts and bool(e.isfinite().all())):
+        if (eps, readout) not in self._horizons:
+            self._horizons[eps, readout] = self._horizon(eps, readout)
+        return self._horizons[eps, readout]
+
+    def _horizon(self, eps: float, readout: Readout) -> int | None:
+        if not (self.contracts and bool(self.propagator.invariant().isfinite().all())):
             return None
         smallest = 0
-        for start in range(0, HORIZON_STEPS, HORIZON_BLOCK):
-            block = torch.stack(list(self._orbit(e, HORIZON_BLOCK + 1)))
-            e = block[-1]
-            exceeding = (readout.change(self.propagator, block[:-1]) > eps).nonzero()
+        for start, (changes, before, e) in zip(
+            range(0, HORIZON_STEPS, HORIZON_BLOCK), self._orbit(readout), strict=False
+        ):
+            exceeding = (changes > eps).nonzero()
             if len(exceeding):
                 smallest = start + int(exceeding[-1]) + 1
-            if smallest < start + HORIZON_BLOCK and self._settled(block[-2], e, eps, readout):
+            if smallest < start + HORIZON_BLOCK and self._settled(before, e, eps, readout):
                 return smallest
             least, most = self._remaining(e, eps, readout)
             if least == most < math.inf:
                 return start + HORIZON_BLOCK + int(most)
         return start + HORIZON_BLOCK + int(most) if most < math.inf else None
 
-    def _orbit(self, e: Tensor, count: int) -> Iterator[Tensor]:
-        for _ in range(count):
-            yield e
-            e = self.propagator.propagate(e)
+    def _orbit(self, readout: Readout) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """T^j(e_0), a block of steps at a time: the change of the readout in each step, and the last two errors."""
+        kept = self._blocks.setdefault(readout, [])
+        yield from tuple(kept)
+        e = kept[-1][-1] if kept else self.propagator.invariant()
+        while True:
+            errors = []
+            for _ in range(HORIZON_BLOCK):
+                errors.append(e)
+                e = self.propagator.propagate(e)
+            kept.append((readout.change(self.propagator, torch.stack(errors)), errors[-1], e))
+            yield kept[-1]
 
     def _settled(self, before: Tensor, e: Tensor, eps: float, readout: Readout) -> bool:
         if bool((e <= before).all()):
@@ -433,11 +459,10 @@ class Certificate:
         below `eps` from the k-th step on. None where nothing is proved, where the state has no bound (a ReLU layer with
         unbounded inputs) or none that float64 can follow, and for a model of several recurrent modules.
         """
-        if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
-            raise InputError(f"eps must be a positive number, got {eps!r}")
+        eps = checked_eps(eps)
         if not self.stable:
             return None
-        horizons = [proof.horizon(float(eps), self.readout) for proof in self.proofs]
+        horizons = [proof.horizon(eps, self.readout) for proof in self.proofs]
         return min((k for k in horizons if k is not None), default=None)
 
     def is_about(self, module: nn.Module) -> bool:
@@ -511,17 +536,26 @@ class Certificate:
         label = f" of {self.name}" if self.name else ""
         if self.stable:
             lines = [f"Certificate{label}: stable, rate {self.rate:.6g} ({self.method})"]
-            lines += [f"  horizon({eps:g}) = {self.horizon(eps)} on {self.readout.subject}" for eps in (1e-2, 1e-3)]
+            shown = () if self.cell is None else (1e-2, 1e-3)  # several modules have no common horizon
+            lines += [f"  horizon({eps:g}) = {self.horizon(eps)} on {self.readout.subject}" for eps in shown]
         else:
             lines = [f"Certificate{label}: not proved stable ({self.method})", *(f"  {r}" for r in self.reasons)]
         lines += [f"  holds for {sentence}" for sentence in self.assumptions]
-        lines += [f"  layer {n}: {_summary(layer)}" for n, layer in enumerate(self.layers)]
+        lines += [f"  {layer.name or f'layer {n}'}: {_summary(layer)}" for n, layer in enumerate(self.layers)]
         return "\n".join(lines)
 
     def _cell(self) -> StackedCell:
         if self.cell is None:
             raise InputError("only the certificate of one recurrent module has a state: use those in .layers")
         return self.cell
+
+
+def checked_eps(eps: Any) -> float:
+    """A change a horizon can be about, or `InputError`."""
+    number = as_number(eps)
+    if number is None or number <= 0:
+        raise InputError(f"eps must be a positive number, got {eps!r}")
+    return number
 
 
 def _summary(certificate: Certificate) -> str:
@@ -564,7 +598,8 @@ def certify(
 
     Args:
         module: an `nn.RNN/LSTM/GRU` (any number of layers) or one of their cells, a `StableLSTM`, any module that holds
-            them, or a `Cell`. With several recurrent modules each gets its own certificate, in `.layers`.
+            them, or a `Cell`. Several recurrent modules are certified one by one, each with what it is taken to read,
+            since how they are wired is not known: in `.layers`, and without a common horizon.
         inputs: what the statement is about. Data for the layer, (T, B, D) or (B, T, D), or any number of rows (N, D):
             it then holds for inputs whose drive U x + b stays in the range seen, unit by unit. For a model that holds
             the layer: an argument (or a tuple of them) to run the model on, to see what reaches the layer.
@@ -575,7 +610,7 @@ def certify(
         h0: start states in the module's own layout; the zero state is always covered. They widen the invariant bounds
             where they lie outside.
         readout: an `nn.Linear` on the last layer's h, or `nn.Sequential(linear, nn.LogSoftmax(-1))`: horizons are then
-            about its outputs.
+            about its outputs. Of several recurrent modules it is taken to read the last.
         method: "componentwise" (T itself), "spectral" (RNN: ‖diag(L) W‖₂), "best" (the better of the two), or
             "miller-hardt" (RNN and LSTM: the sufficient conditions of Miller and Hardt, ICLR 2019).
 
@@ -628,9 +663,10 @@ def certify_in_norms(
         allowed = _capture(module, found, inputs)
     else:
         allowed = [_allowed(layer, inputs, input_bound, embedding) for _, layer in found]
+    readouts = [*(Readout() for _ in found[1:]), answer]  # what reads a model reads its last layer
     certificates = [
-        _certify_layer(layer, name, method, answer, what, h0, norms.get(layer, getattr(layer, "known_norms", ())))
-        for (name, layer), what in zip(found, allowed, strict=True)
+        _certify_layer(layer, name, method, readout, what, h0, norms.get(layer, getattr(layer, "known_norms", ())))
+        for (name, layer), what, readout in zip(found, allowed, readouts, strict=True)
     ]
     return certificates[0] if len(certificates) == 1 else _joint(certificates)
 
@@ -657,10 +693,10 @@ def _certify_layer(
 
 
 def _fingerprint(layer: nn.Module) -> str:
-    """A digest of a layer's weights and of what else its cell is made of."""
-    weights = [*layer.named_parameters(), *layer.named_buffers()]
-    counted = (item for item in weights if item[0].startswith(("weight", "bias", "forget_ceiling")))
-    return tensor_digest((name, tensor.double()) for name, tensor in sorted(counted, key=lambda item: item[0]))
+    """A digest of the tensors the cells of a layer are built from."""
+    by_layer = [cell_tensors(layer, number) for number in range(StateLayout.of(layer).layers)]
+    found = ((f"{name}_l{n}", t) for n, tensors in enumerate(by_layer) for name, t in tensors.items() if t is not None)
+    return tensor_digest((name, tensor.double()) for name, tensor in found)
 
 
 def _certify_cell(cell: Cell, method: str, readout: Readout, assumptions: tuple[str, ...]) -> Certificate:
@@ -740,7 +776,10 @@ def _joint(certificates: Sequence[Certificate]) -> Certificate:
         stable=all(certificate.stable for certificate in certificates),
         rate=None if None in rates else max(rate for rate in rates if rate is not None),
         method=" + ".join(sorted({certificate.method for certificate in certificates})),
-        assumptions=("each of the recurrent modules by itself, as its own certificate says",),
+        assumptions=(
+            "each of the recurrent modules by itself, as its own certificate says: modules that are not one stack are "
+            "certified one by one",
+        ),
         reasons=tuple(f"{c.name}: {reason}" for c in certificates for reason in c.reasons),
         layers=tuple(certificates),
     )
@@ -764,15 +803,22 @@ def _allowed(layer: nn.Module, inputs: Any, input_bound: float | None, embedding
     if inputs is not None:
         return _data(layer, inputs)
     if input_bound is not None:
-        if not (isinstance(input_bound, (int, float)) and math.isfinite(input_bound) and input_bound >= 0):
-            raise InputError(f"input_bound must be a number of at least 0, got {input_bound!r}")
-        sentence = f"inputs with every component between {-input_bound:g} and {input_bound:g} when they reach the layer"
-        return _Allowed(BoxInput.bounded(float(input_bound), width), sentence)
+        bound = checked_bound(input_bound)
+        sentence = f"inputs with every component between {-bound:g} and {bound:g} when they reach the layer"
+        return _Allowed(BoxInput.bounded(bound, width), sentence)
     if embedding is not None:
         table = _table(embedding)
         _check_points(table, width, "the embedding")
         return _Allowed(PointInput(table), f"sequences of the {len(table):,} rows of the embedding table")
     return _Allowed(AnyInput(), "all inputs")
+
+
+def checked_bound(input_bound: Any) -> float:
+    """A bound on the inputs, or `InputError`."""
+    bound = as_number(input_bound)
+    if bound is None or bound < 0:
+        raise InputError(f"input_bound must be a number of at least 0, got {input_bound!r}")
+    return bound
 
 
 def _data(layer: nn.Module, inputs: Any) -> _Allowed:
@@ -832,6 +878,11 @@ def _capture(model: nn.Module, found: Sequence[tuple[str, nn.Module]], inputs: A
         model.eval()
         with torch.no_grad():
             model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    except InputError:
+        raise
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"running the model on the inputs failed ({said}): give what its forward takes") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -848,6 +899,8 @@ def _captured(layer: nn.Module, name: str, seen: list[Tensor], starts: list[Any]
 
 
 def _range(states: Tensor) -> Interval:
+    if len(states) == 0:
+        raise InputError("h0 is empty: give at least one start state")
     if not states.isfinite().all():
         raise InputError("h0 holds NaN or infinite values: give finite start states")
     return Interval(states.amin(0), states.amax(0))

@@ -246,10 +246,12 @@ def certify(
     """What can be proved about a trained model: its rate and horizon, and under which assumptions."""
     import torch
 
+    from unrecurrent.certificate import checked_eps
     from unrecurrent.checkpoint import load_model
     from unrecurrent.models.recurrent import RecurrentModel
     from unrecurrent.tasks import get_task
 
+    checked_eps(eps)
     if checkpoint.suffix == ".onnx":
         from unrecurrent.measuring import load_arrays
         from unrecurrent.onnx_graph import load_graph

@@ -1,6 +1,7 @@
 """The errors a user is meant to read."""
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 
 
 class InputError(ValueError):
@@ -17,6 +18,17 @@ class InputError(ValueError):
 
 class Diverged(InputError):
     """A training whose loss became infinite or not a number."""
+
+
+def as_number(value: object) -> float | None:
+    """One finite real number as a float, from Python, NumPy or torch, or None; truth values are none.
+
+    >>> as_number(3), as_number(True), as_number(math.nan), as_number("3")
+    (3.0, None, None, None)
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def is_whole(value: object) -> bool:

@@ -1,6 +1,5 @@
 """Keep a recurrent layer stable while it is trained: `stabilize`, and drop-in layers that do it by themselves."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unrecurrent import kernels
-from unrecurrent.cells import find_recurrent
-from unrecurrent.certificate import Certificate, certify, certify_in_norms
+from unrecurrent.cells import check_module, find_recurrent
+from unrecurrent.certificate import Certificate, certify, certify_in_norms, checked_bound
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import (
     TANH_1,
@@ -642,14 +641,15 @@ def _check(
     coupled: bool,
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
+    check_module(module)
     check_rate(rate)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if sum(given is not None for given in stated) > 1:
         raise InputError("give only one of inputs, input_bound and embedding: each says which inputs are allowed")
     bound = stated[1]
-    if bound is not None and not (isinstance(bound, (int, float)) and math.isfinite(bound) and bound >= 0):
-        raise InputError(f"input_bound must be a number of at least 0, got {bound!r}")
+    if bound is not None:
+        checked_bound(bound)
     if coupled and (method == METHODS[1] or not any(isinstance(m, nn.LSTM | nn.LSTMCell) for m in module.modules())):
         raise InputError("coupled=True ties the gates of an nn.LSTM, with method='certified': leave it out here")
     if optimizer is not None:
@@ -815,10 +815,8 @@ class StableGRU(_SelfKeepingLayer, nn.GRU):
     input_bound: float
 
     def __init__(self, *args: Any, rate: float = 0.98, input_bound: float = 1.0, **kwargs: Any) -> None:
-        if not (math.isfinite(input_bound) and input_bound >= 0):
-            raise InputError(f"input_bound must be a number of at least 0, got {input_bound!r}")
         # Set before nn.Module is, because its set-up ends with the first projection, which needs the bound.
-        object.__setattr__(self, "input_bound", float(input_bound))
+        object.__setattr__(self, "input_bound", checked_bound(input_bound))
         super().__init__(*args, rate=rate, **kwargs)
 
     @property
