@@ -109,6 +109,13 @@ def test_the_knee_follows_from_the_losses(half, at, double, place):
     assert ("larger with 4 and" in knee.text) == (half[0] > at[0])
 
 
+@pytest.mark.parametrize(("times", "place"), [(1, "cannot tell"), (3, "where predicted")])
+def test_two_seeds_prove_less_than_six_that_spread_as_much(times, place):
+    half, at, double = (losses * times for losses in ([1.03, 1.04], [1.0, 1.01], [1.0, 1.01]))
+    knee = judge(trained("window", 4, half), trained("window", 8, at), trained("window", 16, double), 0.01)
+    assert knee.place == place
+
+
 @pytest.mark.parametrize("seeds", [(1, 1, 1), (3, 3, 1), (1, 3, 3)])
 def test_one_seed_proves_no_knee(seeds):
     half, at, double = ([loss] * count for loss, count in zip((1.5, 1.0, 1.0), seeds, strict=True))

@@ -53,8 +53,8 @@ RULES = (
     " of every training and of their mean.",
     "Check: `window` (a multi-layer perceptron) and `tcn` are trained from scratch with k*/2, k* and 2 k* and"
     " compared on the test part. The knee is later than predicted where 2 k* gains more than {delta}; where"
-    " predicted if not, and k*/2 loses more than {delta}; earlier where k*/2 loses less; each by two standard"
-    " errors over the seeds, else (and with one seed) it cannot be told.",
+    " predicted if not, and k*/2 loses more than {delta}; earlier where k*/2 loses less; each with 97.5%"
+    " confidence (Welch's t over the seeds), else (and with one seed) it cannot be told.",
 )
 
 
