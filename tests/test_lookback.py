@@ -135,10 +135,26 @@ def test_a_window_beyond_what_is_considered_is_said_to_be_so(delayed, monkeypatc
     name = series_of(str(delayed), target="y", horizon=0, covariates=("u",), longest=4)
     result = look_back(name, seeds=1, epochs=20, progress=False)
     assert (result.window, result.knees) == (None, ())
-    assert result.text.startswith("Look back more than 4 steps. ")
+    assert result.text.startswith("Look back more than 4 steps")
+    assert "No window was found, so that none could be checked." in result.text
     assert {m.reach for m in result.models if m.name == "window"} == {2, 4}
     assert result.records[0]["mean"] is None
     result.to_dict()
+
+
+def test_the_first_sentence_says_what_speaks_against_the_window(found):
+    later, earlier = (replace(knee, place=place) for knee, place in zip(found.knees, ("later", "earlier"), strict=True))
+    first = f"Look back {found.window} steps by the curve, but "
+    doubted = replace(found, knees=(later, earlier))
+    assert doubted.text.startswith(first + "the check with window says longer and the check with tcn says shorter. ")
+    doubted = replace(found, knees=(later, replace(earlier, place="later")))
+    assert doubted.text.startswith(first + "the check with window and tcn says longer. ")
+    naive = replace(found.naive[0], test=0.0)
+    forward = f"{found.forward.name} that sees {found.forward.reach} steps"
+    assert replace(found, naive=(naive,)).text.startswith(first + f"training-mean is better than the {forward}. ")
+    poor = found.models[0]
+    poor = replace(poor, results=[{**result, "valid_loss": 9.0} for result in poor.results])
+    assert f" is better than the {poor.label} the curve is of. " in replace(found, measured=poor).text
 
 
 def test_a_window_as_long_as_any_considered_is_a_lower_bound(found):

@@ -107,11 +107,28 @@ class Lookback:
         return " ".join([self._headline(), *self._reasons()])
 
     def _headline(self) -> str:
-        if self.window is None:
-            return f"Look back more than {self.task.span(self.task.longest)}."
-        if self.window == self.task.longest:
-            return f"Look back at least {self.task.span(self.window)}."
-        return f"Look back {self.task.span(self.window)}."
+        least = "more than " if self.window is None else "at least " if self.window == self.task.longest else ""
+        steps = f"Look back {least}{self.task.span(self.window or self.task.longest)}"
+        doubts = " and ".join(self._doubts())
+        return f"{steps} by the curve, but {doubts}." if doubts else f"{steps}."
+
+    def _doubts(self) -> Iterator[str]:
+        """Yield what speaks against the window, as parts of the first sentence."""
+        for place, word in (("later", "longer"), ("earlier", "shorter")):
+            names = [knee.name for knee in self.knees if knee.place == place]
+            if names:
+                yield f"the check with {' and '.join(names)} says {word}"
+        forward, naive = self.forward, min(self.naive, key=lambda b: b.test, default=None)
+        if naive is not None and naive.test <= forward.mean("test"):
+            yield f"{naive.label} is better than the {forward.name} that sees {forward.reach} steps"
+        if self._sharper is not None:
+            yield f"the {self._sharper.label} is better than the {self.measured.label} the curve is of"
+
+    @property
+    def _sharper(self) -> Trained | None:
+        """A model so much better on the validation part that the one measured has not learnt all the past tells."""
+        best = min(self.models, key=lambda m: m.mean("valid"))
+        return best if best.mean("valid") < (1 - WORSE) * self.measured.mean("valid") else None
 
     def _reasons(self) -> Iterator[str]:
         yield self._measurement()
@@ -123,11 +140,11 @@ class Lookback:
             )
         yield from (knee.text for knee in self.knees)
         yield self._beside()
-        sharpest = min(self.models, key=lambda m: m.mean("valid"))
-        if sharpest.mean("valid") < (1 - WORSE) * self.measured.mean("valid"):
+        if self._sharper is not None:
             yield (
-                f"The {sharpest.label} is better than the {self.measured.label} on the validation part as well: trust"
-                " the check more than the curve."
+                f"The {self._sharper.label} is better than the {self.measured.label} on the validation part by more"
+                f" than {_percent(WORSE)}: the model measured has not learnt all that the past tells, and its curve may"
+                " mislead."
             )
         best = min((m.mean("test") for m in self.models), default=math.inf)
         better = [b for b in self.naive if b.test <= best]
@@ -142,7 +159,8 @@ class Lookback:
         if self.window is None:
             return (
                 f"The {name} still loses more than {_percent(self.delta)} when it sees only the last"
-                f" {self.task.longest} steps: consider longer windows, or keep the recurrence."
+                f" {self.task.longest} steps: consider longer windows, or keep the recurrence. No window was found, so"
+                " that none could be checked."
             )
         if self.window == self.task.longest:
             return (
