@@ -130,13 +130,21 @@ def test_a_window_of_one_step_has_no_half():
     assert "against 1 steps: the error is 0.0% smaller with 3; " in knee.text
 
 
-def test_a_window_beyond_what_is_considered_is_said_to_be_so(delayed, monkeypatch):
-    monkeypatch.setattr(lookback, "run_jobs", in_this_process)
+def test_a_window_beyond_what_is_considered_is_said_to_be_so(found, delayed, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(lookback, "run_jobs", lambda js, *_, **__: jobs.extend(js) or in_this_process(js, ()))
     name = series_of(str(delayed), target="y", horizon=0, covariates=("u",), longest=4)
-    result = look_back(name, seeds=1, epochs=20, progress=False)
+    result = look_back(name, seeds=1, epochs=20, weight_decay=0.5, progress=False)
+    assert {job.training.weight_decay for job in jobs} == {0.5}
     assert (result.window, result.knees) == (None, ())
     assert result.text.startswith("Look back more than 4 steps")
     assert "No window was found, so that none could be checked." in result.text
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from lookback_real import figure
+
+    assert "relative to that at 4 steps" in figure(result)
+    assert "k* is more than 4, not checked" in figure(result)
+    assert "relative to that at k*" in figure(found)
     assert {m.reach for m in result.models if m.name == "window"} == {2, 4}
     assert result.records[0]["mean"] is None
     result.to_dict()
@@ -189,6 +197,7 @@ def test_what_cannot_be_looked_back_on_is_one_sentence(delayed):
         (lambda: look_back(name, model="lsmt"), "did you mean 'lstm'"),
         (lambda: look_back(name, seeds=0), "at least 1"),
         (lambda: look_back(name, delta=0.0), "between 0 and 1"),
+        (lambda: look_back(name, weight_decay=-1.0), "weight_decay must be 0 or more"),
         (lambda: series_of("ETTh1", target="OT"), "brings its own"),
         (lambda: series_of(str(delayed)), "name the column to predict with --target: .* u, y"),
     ]:

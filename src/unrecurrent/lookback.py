@@ -356,6 +356,7 @@ def look_back(
     model: str = "lstm",
     seeds: int = 3,
     epochs: int | None = None,
+    weight_decay: float | None = None,
     delta: float = DELTA,
     positions: int = 1024,
     data_dir: str | Path | None = None,
@@ -370,6 +371,7 @@ def look_back(
         model: the recurrent forecaster; a `tcn` that sees as far as is considered stands beside it.
         seeds: independent trainings of each model.
         epochs: passes over the training part (default: enough for 1,600 optimizer steps).
+        weight_decay: that of every model (default: their recipes', strong against the noise of short series).
         delta: the relative loss that a window may cost.
         positions: how many validation positions the truncation curve samples.
         data_dir: where the data sets lie (default: the environment variable `UNRECURRENT_DATA`).
@@ -390,13 +392,15 @@ def look_back(
         raise InputError(f"{task!r} is no time series: give a CSV file, or one of ETTh1, tanks and F16")
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, not {seeds}")
+    if not (weight_decay is None or 0 <= weight_decay < math.inf):
+        raise InputError(f"weight_decay must be 0 or more, not {weight_decay}")
     if not 0 < delta < 1:
         raise InputError(f"delta must lie between 0 and 1, not {delta}: it is the relative loss a window may cost")
     if not find_model_class(model).recurrent:
         raise InputError(f"{model!r} is not recurrent: name lstm, gru or rnn; tcn is trained beside it anyway")
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder) if folder else Path(temporary)
-        session = _Session(found, str(data_dir) if data_dir else None, root, seeds, epochs, progress)
+        session = _Session(found, str(data_dir) if data_dir else None, root, seeds, epochs, weight_decay, progress)
         wide = session.trained([(model, _settings(model)), ("tcn", _settings("tcn", found.length))])
         measured = min(wide, key=lambda m: m.mean("valid"))
         profiles = session.profiles(measured, positions)
@@ -424,10 +428,17 @@ class _Session:
     """What all the jobs of one look-back share."""
 
     def __init__(
-        self, task: SeriesTask, data_dir: str | None, root: Path, seeds: int, epochs: int | None, progress: bool
+        self,
+        task: SeriesTask,
+        data_dir: str | None,
+        root: Path,
+        seeds: int,
+        epochs: int | None,
+        weight_decay: float | None,
+        progress: bool,
     ):
         self.task, self.data_dir, self.root = task, data_dir, root
-        self.seeds, self.epochs, self.progress = seeds, epochs, progress
+        self.seeds, self.epochs, self.weight_decay, self.progress = seeds, epochs, weight_decay, progress
         self.digest = task.digest()
 
     def trained(self, wanted: Sequence[tuple[str, Settings]]) -> list[Trained]:
@@ -448,6 +459,8 @@ class _Session:
     def _job(self, model: Trained, recipe: Recipe, seed: int) -> Job:
         patience = max(5, recipe.training.epochs // 3)
         training = replace(recipe.training, seed=seed, patience=patience)
+        if self.weight_decay is not None:
+            training = replace(training, weight_decay=self.weight_decay)
         key = [self.task.name, self.digest, model.name, model.settings, asdict(training)]
         folder = job_folder(self.root, f"{model.label}-seed{seed}", json.dumps(key, sort_keys=True))
         return Job(self.task.name, self.data_dir, model.name, model.settings, training, str(folder))
