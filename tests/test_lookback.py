@@ -109,6 +109,13 @@ def test_the_knee_follows_from_the_losses(half, at, double, place):
     assert ("larger with 4 and" in knee.text) == (half[0] > at[0])
 
 
+@pytest.mark.parametrize(("times", "place"), [(1, "cannot tell"), (3, "where predicted")])
+def test_two_seeds_prove_less_than_six_that_spread_as_much(times, place):
+    half, at, double = (losses * times for losses in ([1.03, 1.04], [1.0, 1.01], [1.0, 1.01]))
+    knee = judge(trained("window", 4, half), trained("window", 8, at), trained("window", 16, double), 0.01)
+    assert knee.place == place
+
+
 @pytest.mark.parametrize("seeds", [(1, 1, 1), (3, 3, 1), (1, 3, 3)])
 def test_one_seed_proves_no_knee(seeds):
     half, at, double = ([loss] * count for loss, count in zip((1.5, 1.0, 1.0), seeds, strict=True))
@@ -123,15 +130,39 @@ def test_a_window_of_one_step_has_no_half():
     assert "against 1 steps: the error is 0.0% smaller with 3; " in knee.text
 
 
-def test_a_window_beyond_what_is_considered_is_said_to_be_so(delayed, monkeypatch):
-    monkeypatch.setattr(lookback, "run_jobs", in_this_process)
+def test_a_window_beyond_what_is_considered_is_said_to_be_so(found, delayed, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(lookback, "run_jobs", lambda js, *_, **__: jobs.extend(js) or in_this_process(js, ()))
     name = series_of(str(delayed), target="y", horizon=0, covariates=("u",), longest=4)
-    result = look_back(name, seeds=1, epochs=20, progress=False)
+    result = look_back(name, seeds=1, epochs=20, weight_decay=0.5, progress=False)
+    assert {job.training.weight_decay for job in jobs} == {0.5}
     assert (result.window, result.knees) == (None, ())
-    assert result.text.startswith("Look back more than 4 steps. ")
+    assert result.text.startswith("Look back more than 4 steps")
+    assert "No window was found, so that none could be checked." in result.text
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from lookback_real import figure
+
+    assert "relative to that at 4 steps" in figure(result)
+    assert "k* is more than 4, not checked" in figure(result)
+    assert "relative to that at k*" in figure(found)
     assert {m.reach for m in result.models if m.name == "window"} == {2, 4}
     assert result.records[0]["mean"] is None
     result.to_dict()
+
+
+def test_the_first_sentence_says_what_speaks_against_the_window(found):
+    later, earlier = (replace(knee, place=place) for knee, place in zip(found.knees, ("later", "earlier"), strict=True))
+    first = f"Look back {found.window} steps by the curve, but "
+    doubted = replace(found, knees=(later, earlier))
+    assert doubted.text.startswith(first + "the check with window says longer and the check with tcn says shorter. ")
+    doubted = replace(found, knees=(later, replace(earlier, place="later")))
+    assert doubted.text.startswith(first + "the check with window and tcn says longer. ")
+    naive = replace(found.naive[0], test=0.0)
+    forward = f"{found.forward.name} that sees {found.forward.reach} steps"
+    assert replace(found, naive=(naive,)).text.startswith(first + f"training-mean is better than the {forward}. ")
+    poor = found.models[0]
+    poor = replace(poor, results=[{**result, "valid_loss": 9.0} for result in poor.results])
+    assert f" is better than the {poor.label} the curve is of. " in replace(found, measured=poor).text
 
 
 def test_a_window_as_long_as_any_considered_is_a_lower_bound(found):
@@ -166,6 +197,7 @@ def test_what_cannot_be_looked_back_on_is_one_sentence(delayed):
         (lambda: look_back(name, model="lsmt"), "did you mean 'lstm'"),
         (lambda: look_back(name, seeds=0), "at least 1"),
         (lambda: look_back(name, delta=0.0), "between 0 and 1"),
+        (lambda: look_back(name, weight_decay=-1.0), "weight_decay must be 0 or more"),
         (lambda: series_of("ETTh1", target="OT"), "brings its own"),
         (lambda: series_of(str(delayed)), "name the column to predict with --target: .* u, y"),
     ]:

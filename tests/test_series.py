@@ -312,7 +312,7 @@ def test_published_series_have_their_published_sizes(data_dir):
     expected = {
         "ETTh1": {"train": (512, 24), "valid": (2880 - 24, 24), "test": (2880 - 24, 24)},
         "tanks": {"train": (384, 1), "valid": (205, 1), "test": (1024, 1)},
-        "F16": {"train": (1024, 3), "valid": (14746, 3), "test": (16384, 3)},
+        "F16": {"train": (2048, 3), "valid": (14746, 3), "test": (16384, 3)},
     }
     for name, sizes in expected.items():
         task = get_task(name, data_dir=data_dir)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, Literal
 
+from scipy.special import stdtrit
+
 from unrecurrent.models import Settings, find_model_class
 
-#: standard errors by which a difference must exceed what it is compared with
-CLEAR = 2.0
+#: how sure a difference must be to lie above, or below, what it is compared with
+CONFIDENCE = 0.975
 
 Place = Literal["where predicted", "earlier", "later", "cannot tell"]
 
@@ -64,11 +66,11 @@ def judge_all(checked: Sequence[Trained], delta: float) -> Iterator[Knee]:
 
 def judge(half: Trained | None, at: Trained, double: Trained, delta: float) -> Knee:
     """Return where the knee of a kind of feed-forward model lies, from its test losses at three windows."""
-    gained, gained_error = _relative(at, double)
-    lost, lost_error = _relative(half, at) if half else (math.inf, 0.0)
+    gained, gained_width = _relative(at, double)
+    lost, lost_width = _relative(half, at) if half else (math.inf, 0.0)
     seeds = min(len(model.results) for model in (half or at, at, double))
     # One seed shows no spread, and a difference without its error proves nothing.
-    place: Place = place_of(lost, lost_error, gained, gained_error, delta) if seeds > 1 else "cannot tell"
+    place: Place = place_of(lost, lost_width, gained, gained_width, delta) if seeds > 1 else "cannot tell"
     changes = [f"{_changed(half, at)} with {half.reach}"] if half else []
     changes.append(f"{_changed(double, at)} with {double.reach}")
     finding = {
@@ -90,23 +92,29 @@ def _changed(model: Trained, reference: Trained) -> str:
     return f"the error is {abs(change):.1%} {'larger' if change > 0 else 'smaller'}"
 
 
-def place_of(lost: float, lost_error: float, gained: float, gained_error: float, delta: float) -> Place:
-    """Return where a knee lies by the rules in `RULES`.
+def place_of(lost: float, lost_width: float, gained: float, gained_width: float, delta: float) -> Place:
+    """Return where a knee lies by the rules in `RULES`; widths are those of half a confidence interval.
 
     >>> place_of(0.2, 0.01, 0.005, 0.01, delta=0.01), place_of(0.2, 0.01, 0.1, 0.01, delta=0.01)
     ('where predicted', 'later')
     >>> place_of(-0.03, 0.01, 0.0, 0.01, delta=0.01), place_of(0.02, 0.03, 0.0, 0.01, delta=0.01)
     ('earlier', 'cannot tell')
     """
-    if gained - CLEAR * gained_error > delta:
+    if gained - gained_width > delta:
         return "later"
-    if lost - CLEAR * lost_error > delta:
+    if lost - lost_width > delta:
         return "where predicted"
-    return "earlier" if lost + CLEAR * lost_error <= delta else "cannot tell"
+    return "earlier" if lost + lost_width <= delta else "cannot tell"
 
 
 def _relative(shorter: Trained, longer: Trained) -> tuple[float, float]:
-    """Return by how much the shorter window is worse, in parts of the longer one's test loss, and its error."""
+    """Return by how much the shorter window is worse, in parts of the longer one's test loss, and by how much that may
+    be wrong: half an interval by Welch's t over the seeds, which is wide where these are few."""
     short, long = shorter.mean("test"), longer.mean("test")
-    error = math.hypot(shorter.error("test") / long, short * longer.error("test") / long**2)
-    return short / long - 1, error
+    variances = (shorter.error("test") / long) ** 2, (short * longer.error("test") / long**2) ** 2
+    if not any(variances):
+        return short / long - 1, 0.0
+    counts = len(shorter.results), len(longer.results)
+    parts = [v**2 / max(1, n - 1) for v, n in zip(variances, counts, strict=True)]
+    freedom = sum(variances) ** 2 / sum(parts)
+    return short / long - 1, float(stdtrit(freedom, CONFIDENCE)) * math.sqrt(sum(variances))

@@ -53,8 +53,8 @@ RULES = (
     " of every training and of their mean.",
     "Check: `window` (a multi-layer perceptron) and `tcn` are trained from scratch with k*/2, k* and 2 k* and"
     " compared on the test part. The knee is later than predicted where 2 k* gains more than {delta}; where"
-    " predicted if not, and k*/2 loses more than {delta}; earlier where k*/2 loses less; each by two standard"
-    " errors over the seeds, else (and with one seed) it cannot be told.",
+    " predicted if not, and k*/2 loses more than {delta}; earlier where k*/2 loses less; each with 97.5%"
+    " confidence (Welch's t over the seeds), else (and with one seed) it cannot be told.",
 )
 
 
@@ -107,11 +107,28 @@ class Lookback:
         return " ".join([self._headline(), *self._reasons()])
 
     def _headline(self) -> str:
-        if self.window is None:
-            return f"Look back more than {self.task.span(self.task.longest)}."
-        if self.window == self.task.longest:
-            return f"Look back at least {self.task.span(self.window)}."
-        return f"Look back {self.task.span(self.window)}."
+        least = "more than " if self.window is None else "at least " if self.window == self.task.longest else ""
+        steps = f"Look back {least}{self.task.span(self.window or self.task.longest)}"
+        doubts = " and ".join(self._doubts())
+        return f"{steps} by the curve, but {doubts}." if doubts else f"{steps}."
+
+    def _doubts(self) -> Iterator[str]:
+        """Yield what speaks against the window, as parts of the first sentence."""
+        for place, word in (("later", "longer"), ("earlier", "shorter")):
+            names = [knee.name for knee in self.knees if knee.place == place]
+            if names:
+                yield f"the check with {' and '.join(names)} says {word}"
+        forward, naive = self.forward, min(self.naive, key=lambda b: b.test, default=None)
+        if naive is not None and naive.test <= forward.mean("test"):
+            yield f"{naive.label} is better than the {forward.name} that sees {forward.reach} steps"
+        if self._sharper is not None:
+            yield f"the {self._sharper.label} is better than the {self.measured.label} the curve is of"
+
+    @property
+    def _sharper(self) -> Trained | None:
+        """A model so much better on the validation part that the one measured has not learnt all the past tells."""
+        best = min(self.models, key=lambda m: m.mean("valid"))
+        return best if best.mean("valid") < (1 - WORSE) * self.measured.mean("valid") else None
 
     def _reasons(self) -> Iterator[str]:
         yield self._measurement()
@@ -123,11 +140,11 @@ class Lookback:
             )
         yield from (knee.text for knee in self.knees)
         yield self._beside()
-        sharpest = min(self.models, key=lambda m: m.mean("valid"))
-        if sharpest.mean("valid") < (1 - WORSE) * self.measured.mean("valid"):
+        if self._sharper is not None:
             yield (
-                f"The {sharpest.label} is better than the {self.measured.label} on the validation part as well: trust"
-                " the check more than the curve."
+                f"The {self._sharper.label} is better than the {self.measured.label} on the validation part by more"
+                f" than {_percent(WORSE)}: the model measured has not learnt all that the past tells, and its curve may"
+                " mislead."
             )
         best = min((m.mean("test") for m in self.models), default=math.inf)
         better = [b for b in self.naive if b.test <= best]
@@ -142,7 +159,8 @@ class Lookback:
         if self.window is None:
             return (
                 f"The {name} still loses more than {_percent(self.delta)} when it sees only the last"
-                f" {self.task.longest} steps: consider longer windows, or keep the recurrence."
+                f" {self.task.longest} steps: consider longer windows, or keep the recurrence. No window was found, so"
+                " that none could be checked."
             )
         if self.window == self.task.longest:
             return (
@@ -338,6 +356,7 @@ def look_back(
     model: str = "lstm",
     seeds: int = 3,
     epochs: int | None = None,
+    weight_decay: float | None = None,
     delta: float = DELTA,
     positions: int = 1024,
     data_dir: str | Path | None = None,
@@ -352,6 +371,7 @@ def look_back(
         model: the recurrent forecaster; a `tcn` that sees as far as is considered stands beside it.
         seeds: independent trainings of each model.
         epochs: passes over the training part (default: enough for 1,600 optimizer steps).
+        weight_decay: that of every model (default: their recipes', strong against the noise of short series).
         delta: the relative loss that a window may cost.
         positions: how many validation positions the truncation curve samples.
         data_dir: where the data sets lie (default: the environment variable `UNRECURRENT_DATA`).
@@ -372,13 +392,15 @@ def look_back(
         raise InputError(f"{task!r} is no time series: give a CSV file, or one of ETTh1, tanks and F16")
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, not {seeds}")
+    if not (weight_decay is None or 0 <= weight_decay < math.inf):
+        raise InputError(f"weight_decay must be 0 or more, not {weight_decay}")
     if not 0 < delta < 1:
         raise InputError(f"delta must lie between 0 and 1, not {delta}: it is the relative loss a window may cost")
     if not find_model_class(model).recurrent:
         raise InputError(f"{model!r} is not recurrent: name lstm, gru or rnn; tcn is trained beside it anyway")
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder) if folder else Path(temporary)
-        session = _Session(found, str(data_dir) if data_dir else None, root, seeds, epochs, progress)
+        session = _Session(found, str(data_dir) if data_dir else None, root, seeds, epochs, weight_decay, progress)
         wide = session.trained([(model, _settings(model)), ("tcn", _settings("tcn", found.length))])
         measured = min(wide, key=lambda m: m.mean("valid"))
         profiles = session.profiles(measured, positions)
@@ -406,10 +428,17 @@ class _Session:
     """What all the jobs of one look-back share."""
 
     def __init__(
-        self, task: SeriesTask, data_dir: str | None, root: Path, seeds: int, epochs: int | None, progress: bool
+        self,
+        task: SeriesTask,
+        data_dir: str | None,
+        root: Path,
+        seeds: int,
+        epochs: int | None,
+        weight_decay: float | None,
+        progress: bool,
     ):
         self.task, self.data_dir, self.root = task, data_dir, root
-        self.seeds, self.epochs, self.progress = seeds, epochs, progress
+        self.seeds, self.epochs, self.weight_decay, self.progress = seeds, epochs, weight_decay, progress
         self.digest = task.digest()
 
     def trained(self, wanted: Sequence[tuple[str, Settings]]) -> list[Trained]:
@@ -430,6 +459,8 @@ class _Session:
     def _job(self, model: Trained, recipe: Recipe, seed: int) -> Job:
         patience = max(5, recipe.training.epochs // 3)
         training = replace(recipe.training, seed=seed, patience=patience)
+        if self.weight_decay is not None:
+            training = replace(training, weight_decay=self.weight_decay)
         key = [self.task.name, self.digest, model.name, model.settings, asdict(training)]
         folder = job_folder(self.root, f"{model.label}-seed{seed}", json.dumps(key, sort_keys=True))
         return Job(self.task.name, self.data_dir, model.name, model.settings, training, str(folder))

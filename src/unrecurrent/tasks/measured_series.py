@@ -112,7 +112,7 @@ class F16(PublishedSeries):
     ACCELERATIONS = ("Acceleration1", "Acceleration2", "Acceleration3")
 
     def __init__(self, data_dir: Path | None = None) -> None:
-        super().__init__(data_dir, "F16", horizon=0, features=1, outputs=3, length=1024, seconds=1 / 400)
+        super().__init__(data_dir, "F16", horizon=0, features=1, outputs=3, length=2048, seconds=1 / 400)
 
     def read(self) -> list[Series]:
         estimation, test = (self._record(source) for source in self.sources)
