@@ -10,6 +10,7 @@ from unrecurrent.certificate import Certificate
 from unrecurrent.chunks import Attempt, Gain, GiveUp, Plan
 from unrecurrent.engines import State, is_stock
 from unrecurrent.evidence import Options
+from unrecurrent.pilot import CHECKED_GRANT
 
 _GAIN_CHUNKS = 8
 
@@ -38,6 +39,7 @@ class Check:
 
     def run(self) -> None:
         self._agree(None)
+        self.attempt.ledger.limit *= CHECKED_GRANT
         certificate = self._certificate()
         if certificate is not None:
             self._prove(certificate)

@@ -224,28 +224,6 @@ def hold_rows(
         _mark_written(weight)
 
 
-#: how many singular values `clip_top` follows, and of how large matrices (names as in the C file)
-DIRECTIONS, MOST_SIZE, BLOCK = 16, 256, 16
-
-
-def clips(weight: Tensor) -> bool:
-    """Whether `clip_top` is made for a matrix of this shape."""
-    rows, size = weight.shape
-    return max(rows, size) <= MOST_SIZE and size % BLOCK == 0 and rows % 4 == 0
-
-
-def clip_top(weight: Tensor, bound: float, basis: Tensor, out_of_hand: float) -> bool:
-    """`clip_top_reference_` of projections.py, for a basis `(H, DIRECTIONS)` of a matrix that `clips` accepts."""
-    functions = library()
-    assert functions is not None
-    given = (_pointer(weight), *weight.shape, _pointer(basis), ctypes.c_float(bound), ctypes.c_float(out_of_hand))
-    moved = functions.clip_top(*given)
-    if moved > 0:
-        _mark_written(weight)
-    _mark_written(basis)
-    return moved >= 0
-
-
 class PaperRows:
     """`_MillerHardtLSTM._keep` of stability.py in one call; `limits` are those of the rows of each gate."""
 

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt, Plan
 from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, step_cost
-from unrecurrent.evidence import Options, Verify
+from unrecurrent.evidence import Options
 
 PILOT_BLOCK = 16
 _PILOT_ROWS = 16
-_ATTEMPT_SHARE = 0.48  # of the sequential run: what may be spent before the parallel run is given up
+_ATTEMPT_SHARE = 0.48  # of the sequential run: what may be spent before all boundaries agree
+CHECKED_GRANT = 0.8 / _ATTEMPT_SHARE  # times that may be spent in all, once they do
 _PILOT_SHARE = 0.1
 _MOST_ROWS = 4096
 
@@ -35,16 +36,15 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
     plan = Plan.cut(steps, chunks, warmup)
     if plan.chunks < 2:
         raise NotWorthIt("one chunk is the sequential run")
-    _check_cost(plan, batch, ledger, options.verify)
+    _check_cost(plan, batch, ledger)
     return plan, ledger, rate
 
 
-def _check_cost(plan: Plan, batch: int, ledger: Ledger, verify: Verify = "pilot") -> None:
+def _check_cost(plan: Plan, batch: int, ledger: Ledger) -> None:
     cost = ledger.cost
     if cost is None:
         return
-    kept_twice = plan.length if verify == "outputs" else 0
-    predicted = (plan.warmup + plan.length + kept_twice) * cost.batched(plan.chunks * batch)
+    predicted = (plan.warmup + plan.length) * cost.batched(plan.chunks * batch)
     if ledger.spent + predicted > ledger.limit:
         raise NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
 

@@ -15,8 +15,8 @@ ROUNDING = 4e-6
 SCALE_TOLERANCE = 1e-4
 # Newton rounds on one threshold; three or four are usual.
 MAX_ROUNDS = 100
-# Singular values followed from step to step: one in 16, within these.
-FEWEST_DIRECTIONS, MOST_DIRECTIONS = kernels.DIRECTIONS, 64
+# Singular values followed from step to step: one in 20, within these.
+FEWEST_DIRECTIONS, MOST_DIRECTIONS = 16, 64
 # How far the smallest value followed may lie above the bound before all are clipped exactly, which is far dearer.
 OUT_OF_HAND = 0.02
 # Orthogonal iterations each time the largest singular values are looked for.
@@ -148,7 +148,7 @@ def clip_singular_values_(weight: Tensor, bound: float, basis: Tensor | None = N
 def first_basis(weight: Tensor) -> Tensor:
     """Orthonormal directions `(H, k)` for `clip_top_` to begin with; the same for all matrices of one shape."""
     generator = torch.Generator().manual_seed(0)
-    size = min(max(FEWEST_DIRECTIONS, min(weight.shape) // 16), MOST_DIRECTIONS, *weight.shape)
+    size = min(max(FEWEST_DIRECTIONS, min(weight.shape) // 20), MOST_DIRECTIONS, *weight.shape)
     columns = torch.randn(weight.shape[1], size, generator=generator)
     return torch.linalg.qr(columns)[0].to(weight).contiguous()
 
@@ -174,22 +174,16 @@ def clip_top_(weight: Tensor, bound: float, basis: Tensor) -> None:
     matrix that has no more than k.
     """
     all_followed = basis.shape[1] >= min(weight.shape)
-    small = basis.shape[1] == kernels.DIRECTIONS and kernels.clips(weight)
-    clip = kernels.clip_top if small and kernels.takes(weight, basis) else clip_top_reference_
-    if all_followed or not clip(weight, bound, basis, OUT_OF_HAND):
+    if all_followed or not _clip_followed_(weight, bound, basis):
         clip_singular_values_(weight, bound, basis)
 
 
 @torch.no_grad()
-def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor, out_of_hand: float) -> bool:
-    """`clip_top_` in PyTorch: for larger matrices, other devices and types, and where there is no compiler.
-
-    Returns whether it was done: where the smallest value lies `out_of_hand` (a share) above `bound`, only the basis is
-    changed.
-    """
+def _clip_followed_(weight: Tensor, bound: float, basis: Tensor) -> bool:
+    """Clip the values followed; where even the smallest is out of hand, only the basis is changed. Returns which."""
     if weight.dtype in (torch.float16, torch.bfloat16):  # torch decomposes no matrices of these
         wide, wide_basis = weight.float(), basis.float()
-        enough = clip_top_reference_(wide, bound, wide_basis, out_of_hand)
+        enough = _clip_followed_(wide, bound, wide_basis)
         weight.copy_(wide)
         basis.copy_(wide_basis)
         return enough
@@ -200,7 +194,7 @@ def clip_top_reference_(weight: Tensor, bound: float, basis: Tensor, out_of_hand
     squares, rotation = torch.linalg.eigh(image.t() @ image)
     values = squares.clamp_min(0).sqrt()
     basis.copy_(moved @ rotation)
-    if float(values[0]) > bound * (1 + out_of_hand):
+    if float(values[0]) > bound * (1 + OUT_OF_HAND):
         return False
     if float(values[-1]) > bound:
         excess = (values - bound).clamp_min(0) / values.clamp_min(torch.finfo(values.dtype).tiny)
