@@ -99,14 +99,14 @@ def _run(job: Job, update: Update, processes: _Processes) -> dict[str, Any]:
 
 #: glibc keeps large blocks it has had, which a training step asks for again and again: without this the pages of each
 #: are made anew, a third of the time of a step over a large vocabulary
-_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 
 def _run_process(job: Job, update: Update, processes: _Processes) -> None:
     folder = Path(job.folder)
     make_folder(folder)
     write_text(folder / JOB, job.to_json())
-    environment = {**_MEMORY, **os.environ, "OMP_NUM_THREADS": str(job.threads)}
+    environment = {**MEMORY, **os.environ, "OMP_NUM_THREADS": str(job.threads)}
     process = processes.start([sys.executable, "-m", "unrecurrent.worker", str(folder / JOB)], environment)
     if process is None:
         raise CancelledError
