@@ -693,7 +693,7 @@ def test_every_layer_trains_in_half_precision_and_keeps_its_rate(kind, stated, d
         constraint.project()
         certificate = constraint.certificate()
     assert certificate.stable
-    assert certificate.rate <= (1.0 if kind in ("paper", "rnn", "StableRNN") else 0.98)
+    assert certificate.rate <= (1.0 if kind == "paper" else 0.98)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -753,3 +753,15 @@ def test_certificates_do_not_rely_on_a_norm_that_is_none(value):
     layer.forget_ceiling_l0.fill_(-5.0)
     with pytest.raises(InputError, match="between 0 and 1"):
         certify(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.9, 0.98, 0.9999])
+@pytest.mark.parametrize("kind", [StableRNN, StableGRU, StableLSTM])
+def test_layers_keep_their_rate_in_coarser_numbers(kind, rate, dtype):
+    """Made in half precision, or cast to it: rounded to nearest, a tenth of a per cent of the rate was lost."""
+    made, cast = kind(3, 24, rate=rate, dtype=dtype), large(kind(3, 24, rate=rate), 40.0)
+    cast.project()
+    for layer in (large(made, 40.0).eval(), cast.to(dtype)):
+        assert certify(layer, input_bound=1.0).rate <= rate
+    assert torch.equal(copy.deepcopy(layer).to(dtype).weight_hh_l0, layer.weight_hh_l0)

@@ -43,7 +43,7 @@ def check_finite(*weights: Tensor) -> None:
 def write_back_(weight: Tensor, moved: Tensor) -> None:
     """Write what became of a half-precision `weight` in float32 into it, rounded on in the direction it moved.
 
-    So a bound that the move brought about survives the rounding; what did not move stays as it is.
+    So a bound that the move brought about survives the rounding, however coarse; what did not move stays as it is.
 
     >>> weight = torch.tensor([1.0, -1.0, 0.5]).bfloat16()
     >>> write_back_(weight, torch.tensor([0.999, -0.999, 0.5]))
@@ -128,8 +128,9 @@ def shrink_rows(
 def clip_singular_values_(weight: Tensor, bound: float, basis: Tensor | None = None) -> float:
     """Move a matrix to the nearest one (Frobenius norm) of spectral norm at most `bound`, in place and exactly.
 
-    Singular values above `bound` become `bound`, the others and all singular vectors stay. Computed in float64;
-    returns the spectral norm found. A `basis` `(H, k)` becomes the singular vectors of the k largest.
+    Singular values above `bound` become `bound`, less a margin for rounding to the dtype of the weight; the others
+    and all singular vectors stay. Computed in float64; returns the spectral norm found. A `basis` `(H, k)`
+    becomes the singular vectors of the k largest.
 
     >>> w = torch.diag(torch.tensor([2.0, 0.5]))
     >>> round(clip_singular_values_(w, 0.9), 3), w.diagonal().round(decimals=3)
@@ -137,9 +138,12 @@ def clip_singular_values_(weight: Tensor, bound: float, basis: Tensor | None = N
     """
     check_finite(weight)
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-    over = s > bound
-    if over.any():
-        weight -= ((u[:, over] * (s[over] - bound * (1 - ROUNDING))) @ v[over]).to(weight.dtype)
+    if float(s[0]) > bound:
+        half = weight.dtype in HALF
+        limit = bound * (1 - max(ROUNDING, torch.finfo(weight.dtype).eps))
+        over = s > (limit if half else bound)
+        excess = (u[:, over] * (s[over] - limit)) @ v[over]
+        weight.copy_(weight.double() - excess) if half else weight.sub_(excess.to(weight.dtype))
     if basis is not None:
         basis.copy_(v[: basis.shape[1]].t())
     return float(s[0])

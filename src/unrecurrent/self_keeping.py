@@ -1,7 +1,7 @@
 """What layers that keep themselves stable have in common: they notice that weights changed, and project them."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -121,6 +121,14 @@ class SelfKeeping(nn.Module):
     def train(self, mode: bool = True) -> Self:
         self.settle()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = [parameter.dtype for parameter in self.parameters(recurse=False)]
+        super()._apply(fn, recurse)
+        parameters = list(self.parameters(recurse=False))
+        if [p.dtype for p in parameters] != before and not any(p.is_meta for p in parameters):
+            self.project()  # what held may no longer do so once rounded
+        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self.named_buffers(recurse=False):

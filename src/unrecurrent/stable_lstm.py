@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from unrecurrent import kernels, onednn
 from unrecurrent.errors import InputError
-from unrecurrent.feasible import ScaledGate, fit_norm_, hold_rows_
-from unrecurrent.projections import check_finite, widened
+from unrecurrent.feasible import ScaledGate, fit_norm_, highest_ceiling, hold_rows_
+from unrecurrent.projections import HALF, check_finite, widened, write_back_
 from unrecurrent.self_keeping import SelfKeeping, check_norm, check_rate, target
 
 # The ceilings F̄ of a layer leave the candidate's rows between these shares of the rate: (λ − F̄) / (1 − F̄) = share · λ.
@@ -252,14 +252,16 @@ class StableLSTM(SelfKeeping):
             for name in ("bias_ih", "bias_hh"):
                 value = nn.Parameter(torch.empty(3 * hidden_size, **like)) if bias else None
                 self.register_parameter(f"{name}_l{k}", value)
-            shares = rate * torch.linspace(*CEILING_SHARES, hidden_size, **like)
-            self.register_buffer(f"forget_ceiling_l{k}", (rate - shares) / (1 - shares))
+            exactly = {**like, "dtype": torch.float32 if dtype in HALF else dtype}
+            shares = rate * torch.linspace(*CEILING_SHARES, hidden_size, **exactly)
+            self.register_buffer(f"forget_ceiling_l{k}", ((rate - shares) / (1 - shares)).to(dtype))
             self.register_buffer(f"norm_l{k}", torch.ones(2, hidden_size, **like))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters uniformly in ±1/√H as `nn.LSTM` does, then scale the rows of W to half their budgets."""
+        self._lower_ceilings()
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
         for weight, budget, norm in self._rows():
@@ -294,8 +296,16 @@ class StableLSTM(SelfKeeping):
                 raise InputError(f"these weights belong to a StableLSTM of a higher rate than {self.rate}: use theirs")
 
     def _project(self) -> None:
+        self._lower_ceilings()
         check_finite(*self.parameters(recurse=False))
         self._hold()
+
+    def _lower_ceilings(self) -> None:
+        """In half precision rounding may have brought a ceiling up to the rate: bring it back below."""
+        for k in range(self.num_layers):
+            ceiling = self.get_buffer(f"forget_ceiling_l{k}")
+            if ceiling.dtype in HALF:
+                write_back_(ceiling, ceiling.float().clamp_max(highest_ceiling(self.rate)))
 
     def _hold(self) -> None:
         for weight, budget, norm in self._rows():
