@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS, FIGURES = ROOT / "results" / "lookback.json", ROOT / "results" / "figures"
 SEEDS = 3
 #: what is not as by default: F16 is long and all but free of noise, against which the recipes decay weights strongly
-TRAINING = {"ETTh1": {}, "tanks": {}, "F16": {"epochs": 60, "weight_decay": 0.01}}
+TRAINING = {"ETTh1": {}, "tanks": {}, "F16": {"epochs": 30, "weight_decay": 0.01}}
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 430, 64, 74, 24, 56
 #: Okabe and Ito's colours, told apart with any colour vision

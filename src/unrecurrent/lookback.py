@@ -120,7 +120,7 @@ class Lookback:
                 yield f"the check with {' and '.join(names)} says {word}"
         forward, naive = self.forward, min(self.naive, key=lambda b: b.test, default=None)
         if naive is not None and naive.test <= forward.mean("test"):
-            yield f"{naive.label} is better than the {forward.name} that sees {forward.reach} steps"
+            yield f"{naive.label} is no worse than the {forward.name} that sees {forward.reach} steps"
         if self._sharper is not None:
             yield f"the {self._sharper.label} is better than the {self.measured.label} the curve is of"
 
