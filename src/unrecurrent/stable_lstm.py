@@ -91,7 +91,7 @@ class _Recurrence(torch.autograd.Function):
         outputs, cells = torch.empty_like(squashed), drive.new_empty(steps + 1, batch, size)
         cells[0] = c0
         recurrent, h, c, ceiling = _Product(weight_hh, batch), h0.contiguous(), cells[0], ceiling.contiguous()
-        pass_gates = _gates_of(c)
+        pass_gates = _compiled_or(_gates_reference, "gates", c)
         for drive_t, gates_t, squashed_t, output, cell in zip(
             drives.unbind(0), gates.unbind(0), squashed.unbind(0), outputs.unbind(0), cells[1:].unbind(0), strict=True
         ):
@@ -116,10 +116,10 @@ class _Recurrence(torch.autograd.Function):
         return d_x, d_ih, d_hh, flat.sum(0) if bias is not None else None, None, d_h0, d_c0
 
 
-def _gates_of(like: Tensor) -> Callable[..., None]:
-    """`_gates_reference`, or the same compiled where it takes cells like this one."""
+def _compiled_or(plain: Callable[..., None], name: str, like: Tensor) -> Callable[..., None]:
+    """The compiled function of that name where it takes cells like this one, else the plain one."""
     compiled = kernels.gates(like)
-    return _gates_reference if compiled is None else partial(kernels.call_gated, compiled.gates, like)
+    return plain if compiled is None else partial(kernels.call_gated, getattr(compiled, name), like)
 
 
 def _gates_reference(
@@ -130,12 +130,6 @@ def _gates_reference(
     torch.mul(torch.sigmoid(raw_f, out=f), ceiling, out=f)
     torch.lerp(torch.tanh(raw_z, out=z), before, f, out=cell)
     torch.mul(torch.sigmoid(raw_o, out=o), torch.tanh(cell, out=squashed), out=output)
-
-
-def _slopes_of(like: Tensor) -> Callable[..., None]:
-    """`_slopes_reference`, or the same compiled where it takes cells like this one."""
-    compiled = kernels.gates(like)
-    return _slopes_reference if compiled is None else partial(kernels.call_gated, compiled.slopes, like)
 
 
 def _slopes_reference(
@@ -163,7 +157,7 @@ def _backward_through_time(
     batch = d_outputs.shape[1]
     d_gates, d_c = torch.empty_like(gates), d_last.clone(memory_format=torch.contiguous_format)
     back, d_outputs_ = _Product(weight_hh.t().contiguous(), batch), d_outputs.contiguous().unbind(0)
-    pass_slopes, d_h = _slopes_of(d_c), d_outputs_[-1]
+    pass_slopes, d_h = _compiled_or(_slopes_reference, "slopes", d_c), d_outputs_[-1]
     steps = zip(gates.unbind(0), squashed.unbind(0), cells[:-1].unbind(0), d_gates.unbind(0), strict=True)
     for t, (gates_t, squashed_t, before, d_step) in reversed(list(enumerate(steps))):
         pass_slopes(d_h, gates_t, squashed_t, before, ceiling, d_c, d_step)
