@@ -253,7 +253,7 @@ def measure_memory(
     *,
     ks: Sequence[int] | None = None,
     longest: int = 2048,
-    positions: int = 2048,
+    positions: int = 1024,
     delta: float = 0.01,
     seed: int = 0,
     scale: float | None = None,
