@@ -10,8 +10,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
+from unrecurrent import kernels
 from unrecurrent.certificate import certify
-from unrecurrent.engines import LoopEngine, ModuleEngine, forget_costs
+from unrecurrent.engines import (
+    LoopEngine,
+    ModuleEngine,
+    forget_costs,
+    learn_sequential_step,
+    parts_of,
+    sequential_step,
+)
 from unrecurrent.errors import InputError
 from unrecurrent.parallel import Parallel, chunked_reference, run_parallel
 from unrecurrent.stable_lstm import StableLSTM
@@ -683,16 +691,38 @@ def test_module_with_a_start_state_of_its_own_must_be_told():
         lambda h: nn.RNN(3, h, nonlinearity="relu", bias=False),
         lambda h: nn.GRU(3, h, 2),
         lambda h: nn.GRU(3, h, bias=False),
+        lambda h: nn.LSTM(3, h, 2),
+        lambda h: nn.LSTM(3, h, bias=False),
     ],
 )
-def test_loop_engine_gives_what_the_module_gives(size, make):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_loop_engine_gives_what_the_module_gives(size, make, compiled, monkeypatch):
     module = make(size)
-    x, h0 = torch.randn(63, 97, 3), start(module, 97)
+    assert LoopEngine.takes(module, torch.float32)
+    if not compiled:
+        monkeypatch.setattr(kernels, "layer_gates", lambda kind, like: None)
+    if not LoopEngine.takes(module, torch.float32):
+        assert isinstance(module, nn.LSTM)  # its plain loop is torch's own
+        return
+    x, state = torch.randn(63, 97, 3), parts_of(start(module, 97))
+    before = [part.clone() for part in state]
     with torch.no_grad():
-        y, state = LoopEngine(module).advance(x, (h0,))
-        own, own_state = ModuleEngine(module, x).advance(x, (h0,))
+        y, new = LoopEngine(module).advance(x, state)
+        own, own_new = ModuleEngine(module, x).advance(x, state)
     torch.testing.assert_close(y, own, atol=5e-6, rtol=0)
-    torch.testing.assert_close(state[0], own_state[0], atol=5e-6, rtol=0)
+    for part, own_part in zip(new, own_new, strict=True):
+        torch.testing.assert_close(part, own_part, atol=5e-6, rtol=0)
+    assert all(map(torch.equal, state, before)), "the start state was written to"
+
+
+def test_what_the_modules_own_run_took_is_remembered():
+    module, x = nn.RNN(3, 5), torch.randn(2_000, 1, 3)
+    plain = ModuleEngine(module, x)
+    learn_sequential_step(plain, x[:1], len(x), 7.0)
+    assert sequential_step(plain, x) == 7.0 / 2_000
+    assert sequential_step(plain, x[:500]) < 1e-3
+    forget_costs()
+    assert sequential_step(plain, x) < 1e-3
 
 
 @pytest.mark.cuda

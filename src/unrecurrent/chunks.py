@@ -14,7 +14,9 @@ from unrecurrent.pages import new_empty
 _BLOCK = 16  # steps between two looks at the states; bounds the working memory
 
 # With verify="outputs" the inputs of the second run move by this many eps; a step itself rounds by this many.
-KICK, ROUNDING_A_STEP = 64, 4
+KICK, ROUNDING_A_STEP = 16, 4
+# And its start states by at least so many: what the kicks add up to must not pass for what is left of that change.
+PUSH = 8000
 # What has become so many times smaller than the change of the start state no longer comes from it.
 DIED_AWAY = 16
 
@@ -199,7 +201,7 @@ class Attempt:
         of a stretch in which differences grow later on: there the rounding of each step grows, and so does this.
         """
         assert self.y is not None
-        other = perturbed(self.starts, tol)
+        other = perturbed(self.starts, max(tol, PUSH * torch.finfo(self.starts[0].dtype).eps))
         table = self.y.unflatten(0, (self.plan.chunks, self.plan.length))
         state: State = tuple(part.flatten(1, 2) for part in other)
         size = _far(self.starts, other)

@@ -1,7 +1,8 @@
 """How many sequences at once are advanced by some steps, and what a step costs on this machine.
 
-`ModuleEngine` calls the user's own module and is differentiable. `LoopEngine` runs the same equations for `nn.RNN`
-and `nn.GRU` on the processor with fewer, larger products; it is faster than the module there and has no gradient.
+`ModuleEngine` calls the user's own module and is differentiable. `LoopEngine` runs the same equations for `nn.RNN`,
+`nn.GRU` and `nn.LSTM` on the processor with fewer, larger products; it is faster than the module there and has no
+gradient.
 Both take and return the states of `torch.nn`: a tuple of parts, each `(layers, rows, H)`.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from unrecurrent import onednn
+from unrecurrent import kernels, onednn
 from unrecurrent.errors import InputError
 
 State = tuple[Tensor, ...]
@@ -90,43 +91,71 @@ class ModuleEngine:
 
 
 class LoopEngine:
-    """`nn.RNN` and `nn.GRU` on the processor: one input product for a block of steps, then one product a step.
+    """`nn.RNN`, `nn.GRU` and `nn.LSTM` on the processor: one input product for a block of steps, then one a step.
 
-    The equations are those of `torch.nn` (for the GRU with the reset gate after the product). Where oneDNN's packed
-    product is available it is used for large layers: on AMD processors it is about twice as fast as `torch.mm`.
+    The equations are those of `torch.nn` (for the GRU with the reset gate after the product). What a step does besides
+    its product is one pass in C where that can be had (`kernels.py`); the loops here stand in for it, but for the LSTM,
+    whose plain form is the module itself.
     """
 
     def __init__(self, module: nn.RNNBase) -> None:
         self.hidden_size = module.hidden_size
-        self.is_gru = module.mode == "GRU"
-        self.activation = _relu if module.mode == "RNN_RELU" else torch.tanh
-        self.layers = [_layer_weights(module, index, self.is_gru) for index in range(module.num_layers)]
+        self.kind = module.mode.removesuffix("_TANH").lower()
+        self.parts = len(_layer_states(module))
+        self.layers = [_layer_weights(module, index, self.kind == "gru") for index in range(module.num_layers)]
+
+    @staticmethod
+    def takes(module: nn.Module, dtype: torch.dtype) -> bool:
+        """Whether the layer has a loop here for numbers of that type."""
+        if type(module) not in (nn.RNN, nn.GRU, nn.LSTM) or module.bidirectional or not is_stock(module):
+            return False
+        if isinstance(module, nn.LSTM):
+            return not module.proj_size and kernels.layer_gates("lstm", torch.empty(0, dtype=dtype)) is not None
+        return dtype in (torch.float32, torch.float64)
 
     def zero_state(self, rows: int) -> State:
         weight = self.layers[0].recurrent.weight
-        return (weight.new_zeros(len(self.layers), rows, self.hidden_size),)
+        return tuple(weight.new_zeros(len(self.layers), rows, self.hidden_size) for _ in range(self.parts))
 
     def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        run = self._gru if self.is_gru else self._rnn
-        last = []
-        for layer, h in zip(self.layers, state[0], strict=True):
-            x = run(layer, x, h)
-            last.append(x[-1])
-        return x, (torch.stack(last),)
+        ends: list[tuple[Tensor, ...]] = []
+        for layer, *start in zip(self.layers, *state, strict=True):
+            x, *cells = self._run(layer, x, *start)
+            ends.append((x[-1], *cells))
+        return x, tuple(map(torch.stack, zip(*ends, strict=True)))
+
+    def _run(self, layer: "_Layer", x: Tensor, h: Tensor, *cells: Tensor) -> tuple[Tensor, ...]:
+        gates = kernels.layer_gates(self.kind, h) if self.kind != "rnn_relu" else None
+        if gates is not None:
+            return self._in_c(
+                gates, layer, x, h.contiguous(), *(cell.clone(memory_format=torch.contiguous_format) for cell in cells)
+            )
+        return (self._gru(layer, x, h) if self.kind == "gru" else self._rnn(layer, x, h),)
+
+    def _in_c(self, gates: Any, layer: "_Layer", x: Tensor, h: Tensor, *cells: Tensor) -> tuple[Tensor, ...]:
+        drive = layer.drive(x)
+        y = drive if self.kind == "rnn" else drive.new_empty(*drive.shape[:2], self.hidden_size)
+        for new, drive_now in zip(y, drive, strict=True):
+            more = {"rnn": (), "gru": (drive_now, layer.candidate_bias, h), "lstm": (drive_now, *cells)}[self.kind]
+            kernels.call_gated(gates, new, layer.recurrent(h), *more, new)
+            h = new
+        return y, *cells
 
     def _rnn(self, layer: "_Layer", x: Tensor, h: Tensor) -> Tensor:
+        activation = _relu if self.kind == "rnn_relu" else torch.tanh
         y = layer.drive(x)
         for step in range(len(y)):
-            h = self.activation(layer.recurrent.added_to(y[step], h), out=y[step])
+            h = activation(layer.recurrent(h).add_(y[step]), out=y[step])
         return y
 
     def _gru(self, layer: "_Layer", x: Tensor, h: Tensor) -> Tensor:
         drive, size = layer.drive(x), self.hidden_size
         y = drive.new_empty(*drive.shape[:2], size)
         for step, (gates_drive, new_drive) in enumerate(zip(*drive.split((2 * size, size), dim=-1), strict=True)):
-            pre = layer.recurrent(h)
-            gates = pre[:, : 2 * size].add_(gates_drive).sigmoid_()
-            new = torch.addcmul(new_drive, gates[:, :size], pre[:, 2 * size :]).tanh_()
+            product = layer.recurrent(h)
+            gates = product[:, : 2 * size].add_(gates_drive).sigmoid_()
+            product = product[:, 2 * size :].add_(layer.candidate_bias)
+            new = torch.addcmul(new_drive, gates[:, :size], product).tanh_()
             h = torch.lerp(new, h, gates[:, size:], out=y[step])
         return y
 
@@ -136,10 +165,11 @@ def _relu(pre: Tensor, out: Tensor) -> Tensor:
 
 
 class _Product:
-    """x ↦ x Wᵀ + b for a fixed W, through oneDNN's packed product where that is available and pays."""
+    """x ↦ x Wᵀ + b for a fixed W, through oneDNN's packed product where that is the faster."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
+        self.transposed = weight.t().contiguous()
         self.packed = _pack_weight(weight)
 
     def _worth_packing(self, rows: int) -> Tensor | None:
@@ -150,37 +180,36 @@ class _Product:
         packed = self._worth_packing(x.numel() // x.shape[-1])
         if packed is not None:
             return onednn.product(x, packed, self.bias)
-        return nn.functional.linear(x, self.weight, self.bias)
-
-    def added_to(self, drive: Tensor, h: Tensor) -> Tensor:
-        packed = self._worth_packing(len(h))
-        if packed is not None:
-            return onednn.product_plus(h, packed, drive)
-        return torch.addmm(drive, h, self.weight.t())
+        if self.bias is None:
+            return x @ self.transposed
+        return torch.addmm(self.bias, x.flatten(0, -2), self.transposed).unflatten(0, x.shape[:-1])
 
 
 @dataclass(frozen=True)
 class _Layer:
     drive: _Product
     recurrent: _Product
+    #: of the candidate's product in a GRU, which the reset gate multiplies too
+    candidate_bias: Tensor
 
 
 def _layer_weights(module: nn.RNNBase, index: int, is_gru: bool) -> _Layer:
     def weight(name: str) -> Tensor:
         return getattr(module, f"{name}_l{index}").detach()
 
-    if not module.bias:
-        return _Layer(_Product(weight("weight_ih"), None), _Product(weight("weight_hh"), None))
-    if is_gru:
-        return _Layer(
-            _Product(weight("weight_ih"), weight("bias_ih")), _Product(weight("weight_hh"), weight("bias_hh"))
-        )
-    both = weight("bias_ih") + weight("bias_hh")
-    return _Layer(_Product(weight("weight_ih"), both), _Product(weight("weight_hh"), None))
+    size, drive_bias = module.hidden_size, None
+    candidate_bias = weight("weight_hh").new_zeros(size)
+    if module.bias:
+        recurrent_bias = weight("bias_hh").clone()
+        if is_gru:
+            candidate_bias = recurrent_bias[2 * size :].clone()
+            recurrent_bias[2 * size :] = 0
+        drive_bias = weight("bias_ih") + recurrent_bias
+    return _Layer(_Product(weight("weight_ih"), drive_bias), _Product(weight("weight_hh"), None), candidate_bias)
 
 
 def _pack_weight(weight: Tensor) -> Tensor | None:
-    if not onednn.has_onednn(weight) or weight.numel() < 4096:
+    if not onednn.is_faster() or not onednn.has_onednn(weight) or weight.numel() < 4096:
         return None
     return onednn.packed(weight.contiguous())
 
@@ -188,11 +217,9 @@ def _pack_weight(weight: Tensor) -> Tensor | None:
 def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engine:
     """The fastest engine that gives what is asked: the module itself wherever gradients or another device are."""
     module = plain.module
-    if differentiable or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if differentiable or x.device.type != "cpu" or not LoopEngine.takes(module, x.dtype):
         return plain
-    if type(module) in (nn.RNN, nn.GRU) and not module.bidirectional and is_stock(module):
-        return LoopEngine(module)  # type: ignore[arg-type]
-    return plain
+    return LoopEngine(module)  # type: ignore[arg-type]
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -254,6 +281,7 @@ class _Measured:
 _ROUNDS = 2  # on the first calls, so that one disturbed measurement does not mislead a process for ever
 _batched: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 _sequential: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
+_seen: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 
 
 def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
@@ -272,8 +300,12 @@ def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
 def sequential_step(plain: ModuleEngine, x: Tensor) -> float:
     """Seconds a step of the user's own run takes, measured likewise.
 
-    On a part of the sequence, up to 2,048 steps: a shorter one would not show what a long one costs in memory traffic.
+    As seen on a run of that length, if there was one; else on a part of the sequence, up to 2,048 steps: a shorter one
+    would not show what a long one costs in memory traffic, of which even this one shows a part only.
     """
+    seen = _seen[(len(x).bit_length(), *_kind(plain, x))]
+    if seen.rounds:
+        return seen.seconds[0]
     measured = _sequential[_kind(plain, x)]
     if measured.rounds < _ROUNDS:
         steps = max(min(len(x), 64), min(len(x) // 64, 2048))
@@ -283,10 +315,15 @@ def sequential_step(plain: ModuleEngine, x: Tensor) -> float:
     return measured.seconds[0]
 
 
+def learn_sequential_step(plain: ModuleEngine, first: Tensor, steps: int, seconds: float) -> None:
+    """Take note of what the user's own run over so many steps took, of which `first` (1, B, ...) is the first."""
+    _seen[(steps.bit_length(), *_kind(plain, first))].update((seconds / steps,))
+
+
 def forget_costs() -> None:
     """Measure afresh what a step costs, for instance after the machine was busy."""
-    _batched.clear()
-    _sequential.clear()
+    for known in (_batched, _sequential, _seen):
+        known.clear()
 
 
 def _kind(plain: ModuleEngine, x: Tensor) -> tuple[object, ...]:

@@ -1,6 +1,6 @@
 """Compile and load the C loops of this folder; where there is no compiler, the PyTorch code beside them does the work.
 
-`row_budgets.c` holds what projections do row by row, `scaled_gate.c` what a step of `StableLSTM` does number by number.
+`row_budgets.c` holds what projections do row by row, `gates.c` what a step of a recurrent layer does number by number.
 The first use of either on a float32 tensor on the CPU compiles it (a quarter of a second) into the user's cache folder;
 set `UNRECURRENT_COMPILE=0` to do without.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS, GATES = "row_budgets", "scaled_gate"
+ROWS, GATES = "row_budgets", "gates"
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 # Sums over a row may be reordered so that they vectorize; unlike -ffast-math this does not change how the process
 # rounds.
@@ -119,14 +119,20 @@ MOST_GATED = 1 << 16
 
 
 def gates(like: Tensor) -> ctypes.CDLL | None:
-    """Return the functions of `scaled_gate.c` if they take steps whose cells are like this tensor `(B, H)`."""
+    """Return the functions of `gates.c` if they take steps whose cells are like this tensor `(B, H)`."""
     taken = like.dtype is torch.float32 and like.is_cpu and like.numel() <= MOST_GATED
     return library(GATES) if taken else None
 
 
 def call_gated(function: Any, like: Tensor, *tensors: Tensor) -> None:
-    """Call a function of `scaled_gate.c` for cells like `(B, H)` on contiguous tensors, in the order it names them."""
+    """Call a function of `gates.c` for cells like `(B, H)` on contiguous tensors, in the order it names them."""
     function(*like.shape, *map(_pointer, tensors))
+
+
+def layer_gates(kind: str, like: Tensor) -> Any:
+    """Return the function of `gates.c` that ends a step of torch's RNN, GRU or LSTM, if it takes cells like this."""
+    functions = library(GATES) if like.dtype is torch.float32 and like.is_cpu else None
+    return None if functions is None else getattr(functions, f"{kind}_gates")
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

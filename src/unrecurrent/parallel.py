@@ -24,6 +24,7 @@ from unrecurrent.engines import (
     State,
     choose_engine,
     is_stock,
+    learn_sequential_step,
     parts_of,
     refuse_dropout,
     sequential_step,
@@ -416,7 +417,11 @@ def _run_sequentially(call: _Call, options: Options, out: Any, reason: str, begu
     """The module itself, on the whole batch, from h0: in one call, or span after span into `out`."""
     evidence = sequential_evidence(len(call.x), options, reason, begun)
     if out is None:
-        y, state = call.module(_finite(_tensor(call.original_x)), call.original_h0)
+        x = _finite(_tensor(call.original_x))
+        started = time.perf_counter()
+        y, state = call.module(x, call.original_h0)
+        if x.device.type == "cpu" and not y.requires_grad:
+            learn_sequential_step(call.plain, _tensor(call.x[:1]), len(call.x), time.perf_counter() - started)
         return y, state, evidence
     return out, call.original_state(_run_in_spans(call, call.h0, _time_major(out, call))), evidence
 

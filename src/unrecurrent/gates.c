@@ -1,6 +1,7 @@
-/* The element-wise part of one step of `StableLSTM`, forward and backward, in one pass over its numbers: the loops of
-   `_gates_reference` and `_slopes_reference` in stable_lstm.py. Compiled without reassociation: the reduction of the
-   exponential's argument depends on the order of its operations. */
+/* The element-wise part of one step of a recurrent layer in one pass over its numbers: of `StableLSTM`, forward and
+   backward (plain loops: `_gates_reference` and `_slopes_reference` in stable_lstm.py), and of torch's layers (plain
+   loops: those of `LoopEngine` in engines.py, and torch's LSTM itself). Compiled without reassociation: the reduction
+   of the exponential's argument depends on the order of its operations. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -73,6 +74,43 @@ void slopes(int batch, int size, const float *restrict d_output, const float *re
             d[size + j] = dc * (1 - f) * (1 - z * z);
             d[2 * size + j] = dh * t * o * (1 - o);
             d_cell[row + j] = dc * f;
+        }
+    }
+}
+
+/* Steps of torch's layers. `product` is W h, `drive` U x and what biases can be added to it: (batch, gates size);
+   `output` (batch, size) becomes the new hidden state, in an RNN in the place of the drive. */
+void rnn_gates(int batch, int size, const float *restrict product, float *restrict output) {
+    for (int64_t n = 0; n < (int64_t)batch * size; n++) output[n] = hyperbolic_tangent(product[n] + output[n]);
+}
+
+/* Gates r, z, n; `bias` (size,) is that of the candidate's product, which the reset gate multiplies too. */
+void gru_gates(int batch, int size, const float *restrict product, const float *restrict drive,
+               const float *restrict bias, const float *restrict before, float *restrict output) {
+    for (int b = 0; b < batch; b++) {
+        const float *p = product + (int64_t)b * 3 * size, *d = drive + (int64_t)b * 3 * size;
+        const float *h = before + (int64_t)b * size;
+        float *y = output + (int64_t)b * size;
+        for (int j = 0; j < size; j++) {
+            float r = sigmoid(p[j] + d[j]), z = sigmoid(p[size + j] + d[size + j]);
+            float n = hyperbolic_tangent(d[2 * size + j] + r * (p[2 * size + j] + bias[j]));
+            y[j] = n + z * (h[j] - n);
+        }
+    }
+}
+
+/* Gates i, f, g, o; `cell` (batch, size) is that before and becomes that after. */
+void lstm_gates(int batch, int size, const float *restrict product, const float *restrict drive,
+                float *restrict cell, float *restrict output) {
+    for (int b = 0; b < batch; b++) {
+        const float *p = product + (int64_t)b * 4 * size, *d = drive + (int64_t)b * 4 * size;
+        float *c = cell + (int64_t)b * size, *y = output + (int64_t)b * size;
+        for (int j = 0; j < size; j++) {
+            float i = sigmoid(p[j] + d[j]), f = sigmoid(p[size + j] + d[size + j]);
+            float g = hyperbolic_tangent(p[2 * size + j] + d[2 * size + j]);
+            float o = sigmoid(p[3 * size + j] + d[3 * size + j]);
+            c[j] = f * c[j] + i * g;
+            y[j] = o * hyperbolic_tangent(c[j]);
         }
     }
 }
