@@ -4,8 +4,9 @@
     python benchmarks/parallel_speed.py RNN GRU    (some kinds only; their records replace the old ones)
 
 One sequence (B = 1) of 32,768 steps in float32, layers as PyTorch initialises them, as many inputs as units. The runs
-of one row are interleaved and their medians compared. A run during which other processes were busy is thrown away and
-repeated. `useful_gflops` counts the sequential run's multiply-adds only: warm-up and checks count as waste.
+of one row are interleaved, each after a rest and a run that is not counted, and their medians compared. A run during
+which other processes were busy is thrown away and repeated. `useful_gflops` counts the sequential run's multiply-adds
+only: warm-up and checks count as waste.
 """
 
 import os
@@ -26,6 +27,8 @@ from unrecurrent.engines import forget_costs
 from unrecurrent.records import make_record, read_records, write_records
 
 STEPS, SIZES, ROUNDS, LEAST = 32_768, (32, 64, 128, 256, 512), 3, 0.1
+# Between two kinds of runs: the threads of onnxruntime spin on for a while and would take time from whatever is next.
+REST = 0.1
 KINDS = {"RNN": (nn.RNN, 1), "GRU": (nn.GRU, 3), "LSTM": (nn.LSTM, 4)}
 GATE_ORDER = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}  # torch's gates in the order ONNX wants them
 SHOWN = ("mode", "chunks", "warmup", "sweeps", "sequential_depth", "max_mismatch", "gain")
@@ -102,6 +105,8 @@ def interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
+            time.sleep(REST)
+            run()
             times[name].append(undisturbed(run))
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -20,8 +20,6 @@ from unrecurrent.errors import InputError
 
 State = tuple[Tensor, ...]
 
-# Below this many multiply-adds the call overhead of oneDNN's product exceeds what it saves.
-_ONEDNN_PAYS = 2_000_000
 _CALIBRATION_STEPS = (8, 32)  # the longer where the shorter takes less than _SHORT_RUN seconds
 _SHORT_RUN = 5e-4
 _FEW_ROWS, _MANY_ROWS = 16, 256
@@ -165,24 +163,40 @@ def _relu(pre: Tensor, out: Tensor) -> Tensor:
 
 
 class _Product:
-    """x ↦ x Wᵀ + b for a fixed W, through oneDNN's packed product where that is the faster."""
+    """x ↦ x Wᵀ + b for a fixed W, in the way that is fastest here for that many rows: each is tried once a process.
+
+    Which one that is depends on the processor and on the sizes: oneDNN's packed product is twice as fast as the default
+    BLAS on AMD processors with AVX-512; on those with AVX2 alone it wins for large weights and few rows only.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self.transposed = weight.t().contiguous()
-        self.packed = _pack_weight(weight)
-
-    def _worth_packing(self, rows: int) -> Tensor | None:
-        """The packed weight, where a product of that many rows is the faster for it."""
-        return self.packed if rows * self.weight.numel() > _ONEDNN_PAYS else None
+        self.ready: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        packed = self._worth_packing(x.numel() // x.shape[-1])
-        if packed is not None:
-            return onednn.product(x, packed, self.bias)
-        if self.bias is None:
-            return x @ self.transposed
-        return torch.addmm(self.bias, x.flatten(0, -2), self.transposed).unflatten(0, x.shape[:-1])
+        rows = x if x.dim() == 2 else x.flatten(0, -2)
+        case = (*self.weight.shape, len(rows).bit_length(), self.weight.dtype, torch.get_num_threads())
+        way = _fastest.get(case)
+        if way is None:
+            way = _fastest[case] = min(self._ways(), key=lambda way: _shortest(lambda: self._in(way)(rows), x.device))
+        y = self._in(way)(rows)
+        return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
+
+    def _ways(self) -> tuple[str, ...]:
+        return ("transposed", "as it is", "oneDNN") if onednn.has_onednn(self.weight) else ("transposed", "as it is")
+
+    def _in(self, way: str) -> Callable[[Tensor], Tensor]:
+        if way not in self.ready:
+            self.ready[way] = self._through_onednn() if way == "oneDNN" else self._through_blas(way == "transposed")
+        return self.ready[way]
+
+    def _through_onednn(self) -> Callable[[Tensor], Tensor]:
+        packed = onednn.packed(self.weight.contiguous())
+        return lambda x: onednn.product(x, packed, self.bias)
+
+    def _through_blas(self, transposed: bool) -> Callable[[Tensor], Tensor]:
+        right, bias = self.weight.t().contiguous() if transposed else self.weight.t(), self.bias
+        return (lambda x: x @ right) if bias is None else (lambda x: torch.addmm(bias, x, right))
 
 
 @dataclass(frozen=True)
@@ -206,12 +220,6 @@ def _layer_weights(module: nn.RNNBase, index: int, is_gru: bool) -> _Layer:
             recurrent_bias[2 * size :] = 0
         drive_bias = weight("bias_ih") + recurrent_bias
     return _Layer(_Product(weight("weight_ih"), drive_bias), _Product(weight("weight_hh"), None), candidate_bias)
-
-
-def _pack_weight(weight: Tensor) -> Tensor | None:
-    if not onednn.is_faster() or not onednn.has_onednn(weight) or weight.numel() < 4096:
-        return None
-    return onednn.packed(weight.contiguous())
 
 
 def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engine:
@@ -282,6 +290,7 @@ _ROUNDS = 2  # on the first calls, so that one disturbed measurement does not mi
 _batched: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 _sequential: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 _seen: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
+_fastest: dict[tuple[object, ...], str] = {}
 
 
 def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
@@ -322,7 +331,7 @@ def learn_sequential_step(plain: ModuleEngine, first: Tensor, steps: int, second
 
 def forget_costs() -> None:
     """Measure afresh what a step costs, for instance after the machine was busy."""
-    for known in (_batched, _sequential, _seen):
+    for known in (_batched, _sequential, _seen, _fastest):
         known.clear()
 
 
