@@ -78,39 +78,49 @@ void slopes(int batch, int size, const float *restrict d_output, const float *re
     }
 }
 
-/* Steps of torch's layers. `product` is W h, `drive` U x and what biases can be added to it: (batch, gates size);
-   `output` (batch, size) becomes the new hidden state, in an RNN in the place of the drive. */
-void rnn_gates(int batch, int size, const float *restrict product, float *restrict output) {
-    for (int64_t n = 0; n < (int64_t)batch * size; n++) output[n] = hyperbolic_tangent(product[n] + output[n]);
+/* Steps of torch's layers, row by row, with `size` numbers a gate in `product`, W h, and `drive`, U x and what biases
+   can be added to it. `output` becomes the new hidden state, in an RNN in the place of the drive. */
+static inline void rnn_row(int size, const float *restrict product, float *restrict output) {
+    for (int j = 0; j < size; j++) output[j] = hyperbolic_tangent(product[j] + output[j]);
 }
 
-/* Gates r, z, n; `bias` (size,) is that of the candidate's product, which the reset gate multiplies too. */
-void gru_gates(int batch, int size, const float *restrict product, const float *restrict drive,
-               const float *restrict bias, const float *restrict before, float *restrict output) {
-    for (int b = 0; b < batch; b++) {
-        const float *p = product + (int64_t)b * 3 * size, *d = drive + (int64_t)b * 3 * size;
-        const float *h = before + (int64_t)b * size;
-        float *y = output + (int64_t)b * size;
-        for (int j = 0; j < size; j++) {
-            float r = sigmoid(p[j] + d[j]), z = sigmoid(p[size + j] + d[size + j]);
-            float n = hyperbolic_tangent(d[2 * size + j] + r * (p[2 * size + j] + bias[j]));
-            y[j] = n + z * (h[j] - n);
-        }
+/* Gates r, z, n; `bias` is that of the candidate's product, which the reset gate multiplies too. */
+static inline void gru_row(int size, const float *restrict product, const float *restrict drive,
+                           const float *restrict bias, const float *restrict before, float *restrict output) {
+    for (int j = 0; j < size; j++) {
+        float r = sigmoid(product[j] + drive[j]), z = sigmoid(product[size + j] + drive[size + j]);
+        float n = hyperbolic_tangent(drive[2 * size + j] + r * (product[2 * size + j] + bias[j]));
+        output[j] = n + z * (before[j] - n);
     }
 }
 
-/* Gates i, f, g, o; `cell` (batch, size) is that before and becomes that after. */
-void lstm_gates(int batch, int size, const float *restrict product, const float *restrict drive,
-                float *restrict cell, float *restrict output) {
-    for (int b = 0; b < batch; b++) {
-        const float *p = product + (int64_t)b * 4 * size, *d = drive + (int64_t)b * 4 * size;
-        float *c = cell + (int64_t)b * size, *y = output + (int64_t)b * size;
-        for (int j = 0; j < size; j++) {
-            float i = sigmoid(p[j] + d[j]), f = sigmoid(p[size + j] + d[size + j]);
-            float g = hyperbolic_tangent(p[2 * size + j] + d[2 * size + j]);
-            float o = sigmoid(p[3 * size + j] + d[3 * size + j]);
-            c[j] = f * c[j] + i * g;
-            y[j] = o * hyperbolic_tangent(c[j]);
-        }
+/* Gates i, f, g, o; `cell` is that before and becomes that after. */
+static inline void lstm_row(int size, const float *restrict product, const float *restrict drive,
+                            float *restrict cell, float *restrict output) {
+    for (int j = 0; j < size; j++) {
+        float i = sigmoid(product[j] + drive[j]), f = sigmoid(product[size + j] + drive[size + j]);
+        float g = hyperbolic_tangent(product[2 * size + j] + drive[2 * size + j]);
+        float o = sigmoid(product[3 * size + j] + drive[3 * size + j]);
+        cell[j] = f * cell[j] + i * g;
+        output[j] = o * hyperbolic_tangent(cell[j]);
     }
+}
+
+/* The same for all rows. Torch's threads, whose pool the loader finds, share them where there are enough numbers. */
+#define EACH_ROW(b) \
+    _Pragma("omp parallel for schedule(static) if ((int64_t)batch * size >= 4096)") for (int64_t b = 0; b < batch; b++)
+
+void rnn_gates(int batch, int size, const float *product, float *output) {
+    EACH_ROW(b) rnn_row(size, product + b * size, output + b * size);
+}
+
+void gru_gates(int batch, int size, const float *product, const float *drive, const float *bias, const float *before,
+               float *output) {
+    EACH_ROW(b)
+    gru_row(size, product + b * 3 * size, drive + b * 3 * size, bias, before + b * size, output + b * size);
+}
+
+void lstm_gates(int batch, int size, const float *product, const float *drive, float *cell, float *output) {
+    EACH_ROW(b)
+    lstm_row(size, product + b * 4 * size, drive + b * 4 * size, cell + b * size, output + b * size);
 }

@@ -25,6 +25,7 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 # Sums over a row may be reordered so that they vectorize; unlike -ffast-math this does not change how the process
 # rounds.
 FLAGS = {ROWS: (*_FLAGS, "-fno-signed-zeros", "-fassociative-math"), GATES: _FLAGS}
+SHARED_BY_THREADS = "-fopenmp"
 MOST_GATES = 3
 KINDS = {"mixture": 0, "gru": 1, "lstm": 2}
 ROUNDS = 100
@@ -73,12 +74,12 @@ def _source(name: str) -> Path:
     return Path(__file__).with_name(f"{name}.c")
 
 
-def _fingerprint(compiler: str, name: str) -> str:
+def _fingerprint(compiler: str, name: str, used: Sequence[str]) -> str:
     """What the compiled file depends on; a home folder may be shared by machines with different processors."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    text = "\n".join((_source(name).read_text(), compiler, *FLAGS[name], platform.machine(), flags))
+    text = "\n".join((_source(name).read_text(), compiler, *used, platform.machine(), flags))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -88,21 +89,29 @@ def library(name: str = ROWS) -> ctypes.CDLL | None:
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if os.environ.get("UNRECURRENT_COMPILE") == "0" or compiler is None:
         return None
-    try:
-        return ctypes.CDLL(str(_compiled(compiler, name)))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home folder
-        return None
+    for flags in ((*FLAGS[name], SHARED_BY_THREADS), FLAGS[name]):
+        try:
+            return ctypes.CDLL(str(_compiled(compiler, name, flags)))
+        except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home folder
+            continue
+    return None
 
 
-def _compiled(compiler: str, name: str) -> Path:
-    """The path of the shared library; written under another name and renamed, so that nobody loads half of it."""
-    target = _cache_folder() / f"{name}-{_fingerprint(compiler, name)}.so"
+def _compiled(compiler: str, name: str, flags: Sequence[str]) -> Path:
+    """The path of the shared library; written under another name and renamed, so that nobody loads half of it.
+
+    It is linked with no library for threads: the loader finds torch's, so that both use the same threads, or fails.
+    """
+    target = _cache_folder() / f"{name}-{_fingerprint(compiler, name, flags)}.so"
     if not target.exists():
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            command = [compiler, *FLAGS[name], "-shared", "-fPIC", str(_source(name)), "-o", str(made), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            part, made = Path(folder) / f"{name}.o", Path(folder) / target.name
+            for command in (
+                [compiler, *flags, "-fPIC", "-c", str(_source(name)), "-o", str(part)],
+                [compiler, "-shared", str(part), "-o", str(made), "-lm"],
+            ):
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
             made.replace(target)
     return target
 
