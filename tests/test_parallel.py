@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from unrecurrent import kernels
+from unrecurrent import engines, kernels
 from unrecurrent.certificate import certify
 from unrecurrent.engines import (
     LoopEngine,
@@ -989,3 +989,14 @@ def test_parallel_stands_in_for_the_layer():
         torch.testing.assert_close(y, layer(x)[0], atol=1e-4, rtol=0)
     assert "no longer" in fast.evidence.note
     assert not hasattr(fast, "nonsense")
+
+
+def test_a_cost_that_spoke_against_a_parallel_run_is_measured_again(monkeypatch):
+    module, x = nn.RNN(3, 5), torch.randn(4_096, 1, 3)
+    forget_costs()
+    monkeypatch.setattr(engines, "_batched_step", lambda engine, x, rows: 1.0)  # a machine that was busy
+    for _ in range(2):
+        assert run_parallel(module, x, warmup=20)[2].mode == "sequential"
+    monkeypatch.setattr(engines, "_batched_step", lambda engine, x, rows: 1e-9)
+    assert run_parallel(module, x, warmup=20)[2].mode == "parallel"
+    forget_costs()

@@ -20,7 +20,8 @@ from unrecurrent.errors import InputError
 
 State = tuple[Tensor, ...]
 
-_CALIBRATION_STEPS = (8, 32)  # the longer where the shorter takes less than _SHORT_RUN seconds
+# As many as chunks advance at once; the longer where the shorter takes less than _SHORT_RUN seconds.
+_CALIBRATION_STEPS = (16, 32)
 _SHORT_RUN = 5e-4
 _FEW_ROWS, _MANY_ROWS = 16, 256
 
@@ -276,17 +277,18 @@ class StepCost:
 
 @dataclass
 class _Measured:
-    """The shortest times seen for something, and how often it was measured."""
+    """The shortest times seen for something, how often it was measured, and how often it should be."""
 
     seconds: tuple[float, ...] = ()
     rounds: int = 0
+    wanted: int = 2
 
     def update(self, seconds: tuple[float, ...]) -> None:
         self.seconds = tuple(map(min, self.seconds, seconds)) if self.rounds else seconds
         self.rounds += 1
 
 
-_ROUNDS = 2  # on the first calls, so that one disturbed measurement does not mislead a process for ever
+_MOST_ROUNDS = 8  # so that a disturbed measurement does not mislead a process for ever
 _batched: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 _sequential: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 _seen: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
@@ -298,7 +300,7 @@ def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
     batch = x.shape[1]
     few, many = (batch * max(least, -(-rows // batch)) for least, rows in ((1, _FEW_ROWS), (2, _MANY_ROWS)))
     measured = _batched[(type(engine), *_kind(plain, x))]
-    if measured.rounds < _ROUNDS:
+    if measured.rounds < measured.wanted:
         with torch.no_grad():
             measured.update((_batched_step(engine, x, few), _batched_step(engine, x, many)))
     at_few, at_many = measured.seconds
@@ -316,12 +318,18 @@ def sequential_step(plain: ModuleEngine, x: Tensor) -> float:
     if seen.rounds:
         return seen.seconds[0]
     measured = _sequential[_kind(plain, x)]
-    if measured.rounds < _ROUNDS:
+    if measured.rounds < measured.wanted:
         steps = max(min(len(x), 64), min(len(x) // 64, 2048))
         with torch.no_grad():
             seconds = _shortest(lambda: plain.advance(x[:steps], plain.zero_state(x.shape[1])), x.device)
         measured.update((seconds / steps,))
     return measured.seconds[0]
+
+
+def doubt_step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> None:
+    """Let the cost of a batched step be measured once more next time: it kept the module from running in parallel."""
+    measured = _batched[(type(engine), *_kind(plain, x))]
+    measured.wanted = min(measured.rounds + 1, _MOST_ROUNDS)
 
 
 def learn_sequential_step(plain: ModuleEngine, first: Tensor, steps: int, seconds: float) -> None:

@@ -23,6 +23,7 @@ from unrecurrent.engines import (
     ModuleEngine,
     State,
     choose_engine,
+    doubt_step_cost,
     is_stock,
     learn_sequential_step,
     parts_of,
@@ -50,8 +51,12 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: Options, carry:
     """One checked parallel run of x (T, B, ...) from h0; raises `GiveUp` where the module must run step by step."""
     begun = time.perf_counter()
     engine = choose_engine(plain, x, _needs_gradient(plain.module, x, h0))
-    with torch.no_grad():
-        plan, ledger, rate = decide(engine, plain, x, options)
+    try:
+        with torch.no_grad():
+            plan, ledger, rate = decide(engine, plain, x, options)
+    except NotWorthIt:
+        doubt_step_cost(engine, plain, x)
+        raise
     attempt = Attempt(plain.module, engine, x, h0, plan, ledger)
     attempt.run()
     check = Check(attempt, options, carry or Carry())
