@@ -5,11 +5,13 @@ import json
 import pytest
 
 import unrecurrent as ur
+from unrecurrent import comparison as comparison_module
 from unrecurrent.comparison import Contender
 from unrecurrent.errors import InputError
 from unrecurrent.recipes import Recipe
 from unrecurrent.records import KEYS, make_record, read_records, write_records
 from unrecurrent.search import draw_recipes
+from unrecurrent.tasks import get_task
 from unrecurrent.verdict import RULES
 
 SENTENCES = "the cat sat on the mat. the dog sat on the log. a cat and a dog sat. "
@@ -152,8 +154,26 @@ def test_bad_requests_are_one_sentence(text_task):
         ur.compare(text_task, models=["lstm", "lstm"])
     with pytest.raises(InputError, match="seeds must be at least 1"):
         ur.compare(text_task, seeds=0)
+    with pytest.raises(InputError, match="either epochs or a positive number of minutes"):
+        ur.compare(text_task, epochs=1, minutes=1.0)
+    with pytest.raises(InputError, match="either epochs or a positive number of minutes"):
+        ur.compare(text_task, minutes=-1.0)
     with pytest.raises(InputError, match="hidden_size follows from the budget"):
         ur.compare(text_task, models=["lstm:hidden_size=3"])
+
+
+def test_minutes_become_epochs_of_the_slowest_model_once(text_task, tmp_path, monkeypatch):
+    session = comparison_module._Session(get_task(text_task), None, tmp_path, 20_000, None, progress=False)
+    contenders = [Contender.parse("lstm"), Contender.parse("tcn:layers=2")]
+    assert session.affordable(contenders, 1e-6) == 1
+    many = session.affordable(contenders, 20.0)
+    assert many > 1
+    assert session.affordable(contenders, 20.0) == many
+    timed: list[str] = []
+    monkeypatch.setattr(comparison_module, "epochs_within", lambda *given: timed.append("again") or 7)
+    assert session.affordable(contenders, 20.0) == many
+    assert session.affordable(contenders, 21.0) == 7
+    assert timed == ["again"]
 
 
 def test_damaged_results_are_one_sentence(tmp_path):

@@ -74,6 +74,12 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Independent trainings of each model.")] = 3,
     parameters: Annotated[int | None, typer.Option(help="Trainable parameters of every model.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Minutes a training of the slowest model may take, instead of --epochs.", metavar="<minutes>"
+        ),
+    ] = None,
     trials: Annotated[int, typer.Option(help="Draws of the settings to tune over (0: the recorded ones).")] = 0,
     runs: Runs = Path("runs"),
     report: ReportPath = None,
@@ -92,6 +98,7 @@ def compare(
         seeds=seeds,
         parameters=parameters,
         epochs=epochs,
+        minutes=budget,
         trials=trials,
         data_dir=data_dir,
         folder=runs,

@@ -16,14 +16,15 @@ import torch
 from unrecurrent.certificate import Certificate
 from unrecurrent.checkpoint import load_model
 from unrecurrent.errors import InputError
+from unrecurrent.files import make_folder, write_text
 from unrecurrent.jobs import job_folder, refuse_diverged, run_jobs
 from unrecurrent.memory import MemoryProfile
-from unrecurrent.models import SequenceModel, Settings, find_model_class, match_parameters
+from unrecurrent.models import SequenceModel, Settings, build_model, find_model_class, match_parameters
 from unrecurrent.models.recurrent import RecurrentModel
 from unrecurrent.recipes import Recipe, default_models, default_parameters, find_recipe, twin
 from unrecurrent.records import Record, make_record
 from unrecurrent.search import draw_recipes
-from unrecurrent.speed import Speed, measure_speed
+from unrecurrent.speed import Speed, epochs_within, measure_speed
 from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import SPLITS, Example, Metric, Task, get_task
 from unrecurrent.training import task_interface
@@ -157,6 +158,7 @@ def compare(
     seeds: int = 2,
     parameters: int | None = None,
     epochs: int | None = None,
+    minutes: float | None = None,
     trials: int = 0,
     data_dir: str | Path | None = None,
     folder: str | Path | None = None,
@@ -177,7 +179,9 @@ def compare(
         models: names, each optionally with settings: `["lstm", "tcn:layers=3", "window:k=4"]`.
         seeds: independent trainings of each model.
         parameters: trainable parameters of every model.
-        epochs: passes over the training data.
+        epochs: passes over the training data (default: those of the recipe).
+        minutes: instead of `epochs`, how long one training of the slowest model may take: all models then make as many
+            passes as that one does in this time, on one thread of this machine.
         trials: draws of the settings to tune over; 0 takes the recorded recipe.
         data_dir: where the data sets lie (default: the environment variable `UNRECURRENT_DATA`).
         folder: where the trainings are kept, so that a second call resumes or reuses them.
@@ -196,6 +200,8 @@ def compare(
     for label, value, least in (("seeds", seeds, 1), ("trials", trials, 0), ("positions", positions, 1)):
         if value < least:
             raise InputError(f"{label} must be at least {least}, not {value}")
+    if minutes is not None and (epochs is not None or not 0 < minutes < math.inf):
+        raise InputError(f"give either epochs or a positive number of minutes, not {epochs} and {minutes}")
     contenders = [Contender.parse(text) for text in models or ()]
     found = get_task(task, data_dir=Path(data_dir) if data_dir else None)
     contenders = contenders or [Contender.parse(text) for text in default_models(found)]
@@ -210,11 +216,15 @@ def compare(
             epochs,
             progress,
         )
+        if minutes is not None:
+            session.epochs = session.affordable(contenders, minutes)
         recipes = session.tuned(contenders, trials) if trials else session.recorded(contenders)
         entries = session.measured(contenders, recipes, session.trained(contenders, recipes, seeds), positions)
     metric = {"direction": found.metric.direction, "unit": found.metric.unit}
     verdict = decide([_candidate(e, found.metric) for e in entries], metric, found.step_noun)
-    shown = command or _python_call(task, contenders, seeds, parameters, epochs, trials)
+    shown = command or _python_call(
+        task, contenders, seeds=seeds, parameters=parameters, epochs=epochs, minutes=minutes, trials=trials or None
+    )
     return Comparison(found, tuple(entries), verdict, shown, _budget(session, recipes, entries, seeds, trials))
 
 
@@ -239,6 +249,23 @@ class _Session:
         interface = task_interface(self.task)
         matched = match_parameters(contender.name, interface, settings, self.parameters, tolerance=TOLERANCE / 2)
         return replace(recipe, settings=matched)
+
+    def affordable(self, contenders: Sequence[Contender], minutes: float) -> int:
+        """Return how many epochs the slowest model makes in so many minutes; measured once and kept, to be resumed."""
+        recipes = self.recorded(contenders)
+        asked = json.dumps(
+            [self.digest, minutes, [[c.name, r.settings] for c, r in zip(contenders, recipes, strict=True)]]
+        )
+        kept = job_folder(self.root, "budget", asked).with_suffix(".json")
+        if not kept.exists():
+            interface = task_interface(self.task)
+            models = {
+                c.label: build_model(c.name, interface, r.settings) for c, r in zip(contenders, recipes, strict=True)
+            }
+            make_folder(self.root)
+            found = epochs_within(minutes, models, self.task, recipes[0].training)
+            write_text(kept, json.dumps({"minutes": minutes, "epochs": found}))
+        return int(json.loads(kept.read_text(encoding="utf-8"))["epochs"])
 
     def tuned(self, contenders: Sequence[Contender], trials: int) -> list[Recipe]:
         """Return, for each contender, the best of the same draws; stable models take over their twin's."""
@@ -407,14 +434,6 @@ def _budget(
     }
 
 
-def _python_call(
-    task: str,
-    contenders: Sequence[Contender],
-    seeds: int,
-    parameters: int | None,
-    epochs: int | None,
-    trials: int,
-) -> str:
-    given = {"seeds": seeds, "parameters": parameters, "epochs": epochs, "trials": trials or None}
+def _python_call(task: str, contenders: Sequence[Contender], **given: float | None) -> str:
     options = "".join(f", {key}={value}" for key, value in given.items() if value is not None)
     return f"ur.compare({task!r}, models={[c.label for c in contenders]}{options})"

@@ -65,6 +65,21 @@ def measure_speed(
     }
 
 
+def epochs_within(minutes: float, models: Mapping[str, SequenceModel], task: Task, training: TrainingConfig) -> int:
+    """Return how many passes over the training data the slowest of the models makes in so many minutes, at least one.
+
+    On one thread, as trainings run side by side; a few steps of each are timed.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        slowest = min(speed.train for speed in measure_speed(models, task, training, rounds=3).values())
+    finally:
+        torch.set_num_threads(threads)
+    steps = sum(len(example.inputs) for example in task.load("train"))
+    return max(1, int(60 * minutes * slowest / steps))
+
+
 def _typical(batches: Callable[[], Iterator[Batch]]) -> Batch:
     """Return the batch of median length, made twice rather than kept with all others."""
     lengths = [batch.inputs.shape[1] for batch in batches()]
