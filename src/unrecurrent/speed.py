@@ -104,8 +104,13 @@ def timers_of(
     training: TrainingConfig,
     sampler: WordSampler | None = None,
 ) -> tuple[Callable[[], None], ...]:
-    """Return what is timed: one training step, one scoring pass, a few steps of generation."""
+    """Return what is timed: one training step, one scoring pass, a few steps of generation.
+
+    A copy of the model is trained: a stable model that goes from training to evaluation makes its weights exact, which
+    is no part of scoring.
+    """
     train, score = train.to(model.device), score.to(model.device)
+    scored, model = model.eval(), copy.deepcopy(model)
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-12))
 
     def train_step() -> None:
@@ -118,14 +123,12 @@ def timers_of(
 
     @torch.no_grad()
     def score_pass() -> None:
-        model.eval()
-        score_batch(model, task, score, model.init_cache(len(score.inputs)))
+        score_batch(scored, task, score, scored.init_cache(len(score.inputs)))
 
     @torch.no_grad()
     def generate() -> None:
-        model.eval()
-        cache = model.init_cache(1)
+        cache = scored.init_cache(1)
         for t in range(GENERATED_STEPS):
-            _, cache = model.step(score.inputs[:1, t % score.inputs.shape[1]], cache)
+            _, cache = scored.step(score.inputs[:1, t % score.inputs.shape[1]], cache)
 
     return train_step, score_pass, generate
