@@ -764,3 +764,16 @@ def test_the_readout_of_a_model_is_that_of_its_last_layer():
     assert "horizon" not in text
     with pytest.raises(InputError, match="reads 4 units, but the last layer has 5"):
         certify(model, input_bound=1.0, readout=nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("make", [StableLSTM, nn.GRU, nn.RNN])
+def test_certify_where_gradients_are_off(make, mode):
+    torch.manual_seed(0)
+    layer = make(3, 24)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.mul_(0.3)
+    rate = certify(layer, input_bound=1.0).rate
+    with mode():
+        assert certify(layer, input_bound=1.0).rate == pytest.approx(rate, rel=1e-9)

@@ -455,6 +455,7 @@ class DenseCell(Cell):
     def propagate(self, e: Tensor, input_error: Tensor | None = None) -> Tensor:
         return self._spread(e, self._moved(self.hidden(e), input_error))
 
+    @torch.enable_grad()
     def jacobian(self, e: Tensor) -> Tensor:
         """`Propagator.jacobian`, from slopes unit by unit and W: one backward pass for each part of the state."""
         parts = [part.clone().requires_grad_() for part in e.split(self.hidden_size)]

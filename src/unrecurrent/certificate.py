@@ -75,6 +75,7 @@ HORIZON_BLOCK = 64
 # Rate
 
 
+@torch.inference_mode(False)
 def contraction_rate(propagator: Propagator) -> tuple[float, Tensor]:
     """The smallest rate found and the weights v (state_size,) that prove it: T(v) ≤ rate · v.
 
