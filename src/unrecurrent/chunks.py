@@ -167,7 +167,7 @@ class Attempt:
         """Run the given chunks (of 1, 2, …) again, each from the end state of the chunk before it."""
         begin_state = tuple(part[:, chunks - 1] for part in self.ends)
         state: State = tuple(part.flatten(1, 2) for part in begin_state)
-        for begin, end in self._kept_blocks():
+        for begin, end in self._kept_blocks(self.block):
             y, state = self._advance(self._inputs(1, begin, end)[chunks - 1], state)
             self._keep(chunks, begin, y)
         self.starts = _replace(self.starts, chunks - 1, begin_state)
@@ -183,7 +183,7 @@ class Attempt:
         state: State = tuple(torch.cat([a, b], dim=1).flatten(1, 2) for a, b in zip(base, other, strict=True))
         size = apart = _far(base, other)
         worst, steps = torch.zeros_like(size), 0
-        for begin, end in self._kept_blocks():
+        for begin, end in self._kept_blocks(_BLOCK):
             steps += end - begin
             inputs = self._inputs(1, begin, end)[chunks - 1]
             y, state = self._advance(torch.cat([inputs, inputs]), state)
@@ -197,8 +197,9 @@ class Attempt:
     def gain_of_all(self, tol: float) -> "Gain":
         """The same for chunks 1, 2, … in one batch, each against the outputs it has already given, to its very end.
 
-        The inputs move too, by `KICK` eps in every step. A change of the start state that has died away says nothing
-        of a stretch in which differences grow later on: there the rounding of each step grows, and so does this.
+        The inputs move too, by `KICK` eps in every step, and so do the states after each block. A change of the start
+        state that has died away says nothing of a stretch in which differences grow later on: there the rounding of
+        each step grows, and so do these.
         """
         assert self.y is not None
         other = perturbed(self.starts, max(tol, PUSH * torch.finfo(self.starts[0].dtype).eps))
@@ -207,8 +208,9 @@ class Attempt:
         size = _far(self.starts, other)
         worst, regrown = torch.zeros_like(size), torch.zeros_like(size)
         died = torch.zeros_like(size, dtype=torch.bool)
-        for begin, end in self._kept_blocks():
+        for begin, end in self._kept_blocks(_BLOCK):
             y, state = self._advance(_kicked(self._inputs(1, begin, end)), state)
+            state = tuple(_kicked(part, seed=begin) for part in state)
             kept = table[1:, begin - self.plan.warmup : end - self.plan.warmup]
             change = _change(y, kept)
             worst = torch.maximum(worst, change)
@@ -220,10 +222,10 @@ class Attempt:
             raise GiveUp(f"rounding may grow to {rounding:.1e} inside a chunk")
         return Gain(torch.maximum(worst, apart) / size, apart / size, self.plan.length)
 
-    def _kept_blocks(self) -> Iterator[tuple[int, int]]:
+    def _kept_blocks(self, steps: int) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length
-        for begin in range(self.plan.warmup, end, self.block):
-            yield begin, min(end, begin + self.block)
+        for begin in range(self.plan.warmup, end, steps):
+            yield begin, min(end, begin + steps)
 
 
 class Gain(NamedTuple):
@@ -258,13 +260,13 @@ def _rounding(state: State) -> float:
     return 8 * torch.finfo(state[0].dtype).eps * max(1.0, *(part.abs().max().item() for part in state))
 
 
-def _kicked(inputs: Tensor) -> Tensor:
-    """Inputs moved by ± `KICK` eps of the largest of them; symbols stay as they are."""
-    if not inputs.is_floating_point():
-        return inputs
-    generator = torch.Generator().manual_seed(1)
-    signs = torch.randint(0, 2, inputs.shape[1:], generator=generator).to(inputs) * 2 - 1
-    return inputs + signs * (KICK * torch.finfo(inputs.dtype).eps * inputs.abs().max().item())
+def _kicked(values: Tensor, seed: int = 1) -> Tensor:
+    """Numbers moved by ± `KICK` eps of the largest of them, rows alike; symbols stay as they are."""
+    if not values.is_floating_point():
+        return values
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, values.shape[1:], generator=generator).to(values) * 2 - 1
+    return values + signs * (KICK * torch.finfo(values.dtype).eps * values.abs().max().item())
 
 
 def perturbed(state: State, tol: float) -> State:

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -134,8 +135,9 @@ class LoopEngine:
     def _in_c(self, gates: Any, layer: "_Layer", x: Tensor, h: Tensor, *cells: Tensor) -> tuple[Tensor, ...]:
         drive = layer.drive(x)
         y = drive if self.kind == "rnn" else drive.new_empty(*drive.shape[:2], self.hidden_size)
+        is_rnn, is_gru = self.kind == "rnn", self.kind == "gru"
         for new, drive_now in zip(y, drive, strict=True):
-            more = {"rnn": (), "gru": (drive_now, layer.candidate_bias, h), "lstm": (drive_now, *cells)}[self.kind]
+            more = () if is_rnn else (drive_now, layer.candidate_bias, h) if is_gru else (drive_now, *cells)
             kernels.call_gated(gates, new, layer.recurrent(h), *more, new)
             h = new
         return y, *cells
@@ -179,9 +181,13 @@ class _Product:
         case = (*self.weight.shape, len(rows).bit_length(), self.weight.dtype, torch.get_num_threads())
         way = _fastest.get(case)
         if way is None:
-            way = _fastest[case] = min(self._ways(), key=lambda way: _shortest(lambda: self._in(way)(rows), x.device))
+            way = _fastest[case] = min(self._ways(), key=partial(self._seconds, rows))
+            self.ready = {way: self._in(way)}
         y = self._in(way)(rows)
         return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
+
+    def _seconds(self, rows: Tensor, way: str) -> float:
+        return _shortest(lambda: self._in(way)(rows), rows.device)
 
     def _ways(self) -> tuple[str, ...]:
         return ("transposed", "as it is", "oneDNN") if onednn.has_onednn(self.weight) else ("transposed", "as it is")
@@ -288,6 +294,7 @@ class _Measured:
         self.rounds += 1
 
 
+_MOST_SLOWER = 2.0
 _MOST_ROUNDS = 8  # so that a disturbed measurement does not mislead a process for ever
 _batched: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 _sequential: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
@@ -311,25 +318,32 @@ def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
 def sequential_step(plain: ModuleEngine, x: Tensor) -> float:
     """Seconds a step of the user's own run takes, measured likewise.
 
-    As seen on a run of that length, if there was one; else on a part of the sequence, up to 2,048 steps: a shorter one
-    would not show what a long one costs in memory traffic, of which even this one shows a part only.
+    On a part of the sequence, up to 2,048 steps: a shorter one would not show what a long one costs in memory traffic.
+    Even this one shows a part of that only, so that whole runs of about that length, where the module had to run, count
+    instead: from the second on, the shortest of them, and at most `_MOST_SLOWER` times what the part says.
     """
-    seen = _seen[(len(x).bit_length(), *_kind(plain, x))]
-    if seen.rounds:
-        return seen.seconds[0]
     measured = _sequential[_kind(plain, x)]
     if measured.rounds < measured.wanted:
         steps = max(min(len(x), 64), min(len(x) // 64, 2048))
         with torch.no_grad():
             seconds = _shortest(lambda: plain.advance(x[:steps], plain.zero_state(x.shape[1])), x.device)
         measured.update((seconds / steps,))
-    return measured.seconds[0]
+    seen = _seen[(len(x).bit_length(), *_kind(plain, x))]
+    part = measured.seconds[0]
+    return min(max(part, seen.seconds[0]), _MOST_SLOWER * part) if seen.rounds > 1 else part
 
 
 def doubt_step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> None:
-    """Let the cost of a batched step be measured once more next time: it kept the module from running in parallel."""
+    """Let the cost of a batched step be measured once more next time: it kept the module from running in parallel.
+
+    Unless that would take longer than the module's own run.
+    """
     measured = _batched[(type(engine), *_kind(plain, x))]
-    measured.wanted = min(measured.rounds + 1, _MOST_ROUNDS)
+    if not measured.rounds:
+        return
+    again = 4 * _CALIBRATION_STEPS[0] * sum(measured.seconds)
+    if again < sequential_step(plain, x) * len(x):
+        measured.wanted = max(measured.wanted, min(measured.rounds + 1, _MOST_ROUNDS))
 
 
 def learn_sequential_step(plain: ModuleEngine, first: Tensor, steps: int, seconds: float) -> None:

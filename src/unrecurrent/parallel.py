@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unrecurrent.agreement import Carry, Check
@@ -50,17 +51,20 @@ class _Result(NamedTuple):
 def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: Options, carry: "Carry | None" = None) -> _Result:
     """One checked parallel run of x (T, B, ...) from h0; raises `GiveUp` where the module must run step by step."""
     begun = time.perf_counter()
+    if torch.is_autocast_enabled(x.device.type):
+        raise GiveUp("under autocast the module rounds too coarsely for two of its runs to be compared")
     engine = choose_engine(plain, x, _needs_gradient(plain.module, x, h0))
     try:
         with torch.no_grad():
             plan, ledger, rate = decide(engine, plain, x, options)
+        attempt = Attempt(plain.module, engine, x, h0, plan, ledger)
+        attempt.run()
+        check = Check(attempt, options, carry or Carry())
+        check.run()
     except NotWorthIt:
-        doubt_step_cost(engine, plain, x)
+        with torch.no_grad():
+            doubt_step_cost(engine, plain, x)
         raise
-    attempt = Attempt(plain.module, engine, x, h0, plan, ledger)
-    attempt.run()
-    check = Check(attempt, options, carry or Carry())
-    check.run()
     evidence = Evidence(
         mode="parallel",
         steps=len(x),
@@ -108,10 +112,12 @@ def _check_state_carries_all(plain: ModuleEngine, head: Tensor, h0: State, tol: 
 
 
 def _needs_gradient(module: nn.Module, x: Tensor, h0: State) -> bool:
-    if not torch.is_grad_enabled():
-        return False
+    """Whether gradients are asked for, backward or (with tangents on the tensors themselves) forward."""
     weights = (*module.parameters(), *getattr(module, "_flat_weights", ()))  # the latter may be computed from others
-    return x.requires_grad or any(t is not None and t.requires_grad for t in (*h0, *weights))
+    tensors = [t for t in (x, *h0, *weights) if t is not None]
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 class _Call(NamedTuple):

@@ -66,6 +66,8 @@ def forgetting(engine: Engine, x: Tensor, options: Options, ledger: Ledger) -> t
     while not apart <= target:
         before = apart
         if lag + PILOT_BLOCK > pilot.longest:
+            if pilot.longest < pilot.room:
+                raise NotWorthIt(f"to see whether the module forgets takes more than {lag} steps, which cost too much")
             raise GiveUp(f"the module still remembers its start state after {lag} steps (by {apart:.1e})")
         pilot.advance_pair()
         apart, lag = pilot.apart(), lag + PILOT_BLOCK
@@ -93,6 +95,7 @@ class Pilot:
         windows = max(2, -(-_PILOT_ROWS // self.batch))
         rows = windows * self.batch
         history = min(64, max(PILOT_BLOCK, len(x) // 64)) // PILOT_BLOCK * PILOT_BLOCK
+        self.room = len(x) // 4
         self.longest = self._longest(2 * rows)
         last = max(0, len(x) - history - self.longest)
         self.at = torch.linspace(0, last, windows, device=x.device).long()
@@ -105,10 +108,10 @@ class Pilot:
 
     def _longest(self, rows: int) -> int:
         """Lags to try: a quarter of the sequence and, where the cost is known, a share of a sequential run."""
-        room, cost = len(self.x) // 4, self.ledger.cost
+        cost = self.ledger.cost
         if cost is None:
-            return room
-        return min(room, int(_PILOT_SHARE * cost.sequential * len(self.x) / cost.batched(rows)))
+            return self.room
+        return min(self.room, int(_PILOT_SHARE * cost.sequential * len(self.x) / cost.batched(rows)))
 
     def _advance(self, state: State, copies: int) -> State:
         index = self.at + torch.arange(PILOT_BLOCK, device=self.x.device)[:, None]
