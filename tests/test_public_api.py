@@ -19,6 +19,7 @@ SIGNATURES = {
         "seeds",
         "parameters",
         "epochs",
+        "minutes",
         "trials",
         "data_dir",
         "folder",

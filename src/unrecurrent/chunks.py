@@ -167,7 +167,7 @@ class Attempt:
         """Run the given chunks (of 1, 2, …) again, each from the end state of the chunk before it."""
         begin_state = tuple(part[:, chunks - 1] for part in self.ends)
         state: State = tuple(part.flatten(1, 2) for part in begin_state)
-        for begin, end in self._kept_blocks(self.block):
+        for begin, end in self._kept_blocks():
             y, state = self._advance(self._inputs(1, begin, end)[chunks - 1], state)
             self._keep(chunks, begin, y)
         self.starts = _replace(self.starts, chunks - 1, begin_state)
@@ -183,7 +183,7 @@ class Attempt:
         state: State = tuple(torch.cat([a, b], dim=1).flatten(1, 2) for a, b in zip(base, other, strict=True))
         size = apart = _far(base, other)
         worst, steps = torch.zeros_like(size), 0
-        for begin, end in self._kept_blocks(_BLOCK):
+        for begin, end in self._kept_blocks():
             steps += end - begin
             inputs = self._inputs(1, begin, end)[chunks - 1]
             y, state = self._advance(torch.cat([inputs, inputs]), state)
@@ -208,7 +208,7 @@ class Attempt:
         size = _far(self.starts, other)
         worst, regrown = torch.zeros_like(size), torch.zeros_like(size)
         died = torch.zeros_like(size, dtype=torch.bool)
-        for begin, end in self._kept_blocks(_BLOCK):
+        for begin, end in self._kept_blocks():
             y, state = self._advance(_kicked(self._inputs(1, begin, end)), state)
             state = tuple(_kicked(part, seed=begin) for part in state)
             kept = table[1:, begin - self.plan.warmup : end - self.plan.warmup]
@@ -222,10 +222,10 @@ class Attempt:
             raise GiveUp(f"rounding may grow to {rounding:.1e} inside a chunk")
         return Gain(torch.maximum(worst, apart) / size, apart / size, self.plan.length)
 
-    def _kept_blocks(self, steps: int) -> Iterator[tuple[int, int]]:
+    def _kept_blocks(self) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length
-        for begin in range(self.plan.warmup, end, steps):
-            yield begin, min(end, begin + steps)
+        for begin in range(self.plan.warmup, end, self.block):
+            yield begin, min(end, begin + self.block)
 
 
 class Gain(NamedTuple):
