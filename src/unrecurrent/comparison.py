@@ -252,18 +252,13 @@ class _Session:
 
     def affordable(self, contenders: Sequence[Contender], minutes: float) -> int:
         """Return how many epochs the slowest model makes in so many minutes; measured once and kept, to be resumed."""
-        recipes = self.recorded(contenders)
-        asked = json.dumps(
-            [self.digest, minutes, [[c.name, r.settings] for c, r in zip(contenders, recipes, strict=True)]]
-        )
+        pairs = list(zip(contenders, self.recorded(contenders), strict=True))
+        asked = json.dumps([self.digest, minutes, [[c.name, r.settings] for c, r in pairs]])
         kept = job_folder(self.root, "budget", asked).with_suffix(".json")
         if not kept.exists():
-            interface = task_interface(self.task)
-            models = {
-                c.label: build_model(c.name, interface, r.settings) for c, r in zip(contenders, recipes, strict=True)
-            }
+            models = {c.label: build_model(c.name, task_interface(self.task), r.settings) for c, r in pairs}
             make_folder(self.root)
-            found = epochs_within(minutes, models, self.task, recipes[0].training)
+            found = epochs_within(minutes, models, self.task, pairs[0][1].training)
             write_text(kept, json.dumps({"minutes": minutes, "epochs": found}))
         return int(json.loads(kept.read_text(encoding="utf-8"))["epochs"])
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from unrecurrent.models import Settings
 from unrecurrent.tasks.series import SeriesTask
 from unrecurrent.tasks.task import Task
-from unrecurrent.training import TrainingConfig
+from unrecurrent.training import TrainingConfig, train_steps
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def find_recipe(task: Task, model: str, epochs: int | None = None) -> Recipe:
         recipe = _WORD_RECIPES[twin(model)]
     else:
         recipe = _STREAM_RECIPES[twin(model)]
-        recipe = replace(recipe, training=_sized(recipe.training, _train_steps(task)))
+        recipe = replace(recipe, training=_sized(recipe.training, train_steps(task)))
     return recipe if epochs is None else replace(recipe, training=replace(recipe.training, epochs=epochs))
 
 
@@ -212,10 +212,6 @@ def _passed(training: TrainingConfig, sequences: int) -> TrainingConfig:
 
 #: optimizer steps a training on a stream should have at least, within the most passes worth their time
 STREAM_UPDATES, MOST_PASSES = 1_500, 30
-
-
-def _train_steps(task: Task) -> int:
-    return sum(len(example.inputs) for example in task.load("train"))
 
 
 def _sized(training: TrainingConfig, steps: int) -> TrainingConfig:

@@ -18,6 +18,7 @@ from unrecurrent.training import (
     TrainingConfig,
     make_optimizer,
     scored_batches,
+    train_steps,
     training_batches,
     training_loss,
     word_sampler,
@@ -76,8 +77,7 @@ def epochs_within(minutes: float, models: Mapping[str, SequenceModel], task: Tas
         slowest = min(speed.train for speed in measure_speed(models, task, training, rounds=3).values())
     finally:
         torch.set_num_threads(threads)
-    steps = sum(len(example.inputs) for example in task.load("train"))
-    return max(1, int(60 * minutes * slowest / steps))
+    return max(1, int(60 * minutes * slowest / train_steps(task)))
 
 
 def _typical(batches: Callable[[], Iterator[Batch]]) -> Batch:

@@ -96,6 +96,11 @@ def task_interface(task: Task) -> Interface:
     return Interface(task.vocabulary, task.features, task.outputs)
 
 
+def train_steps(task: Task) -> int:
+    """Return how many steps the training data have."""
+    return sum(len(example.inputs) for example in task.load("train"))
+
+
 def scored_batches(task: Task, examples: Sequence[Example], size: int = 32) -> Iterator[Batch]:
     """Yield a split so that every step counts once."""
     if task.stream:
