@@ -822,7 +822,7 @@ def test_unusable_out_is_one_sentence(out):
         run_parallel(torch.nn.RNN(3, 8), torch.randn(300, 1, 3), out=out)
 
 
-@pytest.mark.parametrize("chunks", ["auto", 16])
+@pytest.mark.parametrize("chunks", ["auto", 2, 3, 7, 16])  # of two or three, the stretch lies in the first
 def test_rounding_that_grows_in_a_rare_stretch_is_seen_on_all_outputs(chunks):
     """The state forgets at once while the input saturates it; in one stretch of silence rounding grows to order 1."""
     torch.manual_seed(1)

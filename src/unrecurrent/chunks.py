@@ -133,8 +133,9 @@ class Attempt:
     def _split(self, state: State) -> State:
         return tuple(part.unflatten(1, (-1, self.batch)) for part in state)
 
-    def _join(self, state: State | None, row: int, step: int) -> State:
+    def _join(self, state: State | None, row: int, step: int, h0: State | None = None) -> State:
         """The state of the rows from `row` on: new rows start from zeros, or from h0 where they stand at input 0."""
+        h0 = h0 or self.h0
         plan = self.plan
         if state is None:
             state = self.engine.zero_state((plan.chunks - row) * self.batch)
@@ -143,7 +144,7 @@ class Attempt:
             state = tuple(part[:, self.batch :] for part in state)
         if state[0].shape[1] == (plan.chunks - row) * self.batch:
             return state
-        return tuple(torch.cat([first.to(part), part], dim=1) for first, part in zip(self.h0, state, strict=True))
+        return tuple(torch.cat([first.to(part), part], dim=1) for first, part in zip(h0, state, strict=True))
 
     def run(self) -> None:
         """Warm up every chunk, then keep its outputs, its start state and its end state."""
@@ -199,28 +200,33 @@ class Attempt:
 
         The inputs move too, by `KICK` eps in every step, and so do the states after each block. A change of the start
         state that has died away says nothing of a stretch in which differences grow later on: there the rounding of
-        each step grows, and so do these.
+        each step grows, and so do these. Chunk 0, whose start state is exact, runs along for the sake of its rounding.
         """
         assert self.y is not None
-        other = perturbed(self.starts, max(tol, PUSH * torch.finfo(self.starts[0].dtype).eps))
+        push = max(tol, PUSH * torch.finfo(self.h0[0].dtype).eps)
+        first, others = perturbed(self.h0, push), perturbed(self.starts, push)
+        size = torch.cat([_far(self._split(self.h0), self._split(first)), _far(self.starts, others)])
+        state: State = tuple(part.flatten(1, 2) for part in others)
         table = self.y.unflatten(0, (self.plan.chunks, self.plan.length))
-        state: State = tuple(part.flatten(1, 2) for part in other)
-        size = _far(self.starts, other)
         worst, regrown = torch.zeros_like(size), torch.zeros_like(size)
         died = torch.zeros_like(size, dtype=torch.bool)
-        for begin, end in self._kept_blocks():
-            y, state = self._advance(_kicked(self._inputs(1, begin, end)), state)
+        for row, begin, end in self.plan.segments(self.block):
+            if begin < self.plan.warmup:
+                continue
+            state = self._join(state, row, begin, first)
+            y, state = self._advance(_kicked(self._inputs(row, begin, end)), state)
             state = tuple(_kicked(part, seed=begin) for part in state)
-            kept = table[1:, begin - self.plan.warmup : end - self.plan.warmup]
-            change = _change(y, kept)
-            worst = torch.maximum(worst, change)
-            regrown = torch.maximum(regrown, change * died)
-            died |= change < size / DIED_AWAY
-        apart = _far(self._split(state), tuple(part[:, 1:] for part in self.ends))
+            kept = table[row:, begin - self.plan.warmup : end - self.plan.warmup]
+            change = (y - kept).abs().flatten(2).amax(2)  # in each step: it may die away and grow again within a block
+            gone = (change < size[row:, None] / DIED_AWAY).cummax(1).values | died[row:, None]
+            worst[row:] = torch.maximum(worst[row:], change.amax(1))
+            regrown[row:] = torch.maximum(regrown[row:], (change * gone).amax(1))
+            died[row:] = gone[:, -1]
         rounding = regrown.max().item() * ROUNDING_A_STEP / KICK
         if not rounding <= tol:
             raise GiveUp(f"rounding may grow to {rounding:.1e} inside a chunk")
-        return Gain(torch.maximum(worst, apart) / size, apart / size, self.plan.length)
+        apart = _far(self._split(state), self.ends)
+        return Gain((torch.maximum(worst, apart) / size)[1:], (apart / size)[1:], self.plan.length)
 
     def _kept_blocks(self) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length
