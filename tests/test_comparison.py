@@ -165,7 +165,7 @@ def test_bad_requests_are_one_sentence(text_task):
 def test_minutes_become_epochs_of_the_slowest_model_once(text_task, tmp_path, monkeypatch):
     session = comparison_module._Session(get_task(text_task), None, tmp_path, 20_000, None, progress=False)
     contenders = [Contender.parse("lstm"), Contender.parse("tcn:layers=2")]
-    assert session.affordable(contenders, 1e-6) == 1
+    assert 0 < session.affordable(contenders, 1e-6) < 0.01
     many = session.affordable(contenders, 20.0)
     assert many > 1
     assert session.affordable(contenders, 20.0) == many

@@ -31,6 +31,11 @@ def test_a_length_that_cannot_be_read_is_one_sentence(name):
         get_task(name)
 
 
+def test_who_reads_nothing_gets_the_published_levels():
+    assert get_task("copy:T=1000").chance == pytest.approx(0.0204, abs=5e-5)
+    assert get_task("adding:T=600").chance == pytest.approx(1 / 6, rel=0.05)
+
+
 def test_copy_asks_for_its_first_ten_symbols(few):
     for inputs, targets in get_task("copy:T=30").load("train"):
         assert len(inputs) == len(targets) == 50

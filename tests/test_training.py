@@ -76,7 +76,7 @@ from conftest import TinyMusic, TinyStream
 from unrecurrent.training import TrainingConfig, TrainingRun
 torch.set_num_threads(1)
 task = TinyMusic() if sys.argv[3] == "music" else TinyStream()
-config = TrainingConfig(epochs=6, learning_rate=1e-2, batch_size=3, piece=20, schedule="cosine")
+config = TrainingConfig(epochs=5.5, learning_rate=1e-2, batch_size=3, piece=20, schedule="cosine")
 settings = {"hidden_size": 12, "dropout": 0.3}
 run = TrainingRun(task, sys.argv[4], settings, config, Path(sys.argv[1]), checkpoint_steps=4)
 run.run(lambda state: (print(state["fraction"], flush=True), time.sleep(0.01)))
@@ -115,6 +115,15 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path, kind, model):
     ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 6
+
+
+@pytest.mark.parametrize(("epochs", "passes"), [(0.4, [0.4]), (2.5, [1, 2, 2.5]), (2, [1, 2])])
+def test_the_last_pass_may_be_cut_short(tiny_music, epochs, passes):
+    run = TrainingRun(tiny_music, "rnn", {"hidden_size": 4}, replace(QUICK, epochs=epochs, batch_size=1))
+    run.run()
+    sequences = len(tiny_music.load("train"))
+    assert [record["step"] for record in run.progress.history] == [round(share * sequences) for share in passes]
+    assert run.learning_rate() == QUICK.learning_rate
 
 
 def finished_run(task, folder):

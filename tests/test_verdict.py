@@ -53,6 +53,18 @@ def test_losses_close_to_zero_are_told_apart_from_it():
     assert verdict.answer == "no"
 
 
+def test_models_that_learned_nothing_do_not_answer():
+    at_chance = [model("lstm", True, [0.1604, 0.1605]), model("tcn", False, [0.1606, 0.1606], reach=99)]
+    assert decide(at_chance, LOWER, "step").answer == "no"
+    verdict = decide(at_chance, LOWER, "step", chance=0.1605)
+    assert verdict.answer == "cannot tell"
+    assert "who reads nothing gets 0.1605" in verdict.text
+    one_learned = [at_chance[0], model("tcn", False, [1e-4, 1.1e-4], reach=99)]
+    assert decide(one_learned, LOWER, "step", chance=0.1605).answer == "no"
+    guesses = [model("lstm", True, [11.3, 11.4]), model("tcn", False, [11.4, 11.3], reach=99)]
+    assert decide(guesses, HIGHER, "pixel", chance=11.35).answer == "cannot tell"
+
+
 @pytest.mark.parametrize(
     ("recurrent", "forward"),
     [([8.5], [8.4]), ([8.5, 8.9], [8.6, 8.8]), ([8.50, 8.51], [8.58, 8.59])],

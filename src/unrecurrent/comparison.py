@@ -221,7 +221,7 @@ def compare(
         recipes = session.tuned(contenders, trials) if trials else session.recorded(contenders)
         entries = session.measured(contenders, recipes, session.trained(contenders, recipes, seeds), positions)
     metric = {"direction": found.metric.direction, "unit": found.metric.unit}
-    verdict = decide([_candidate(e, found.metric) for e in entries], metric, found.step_noun)
+    verdict = decide([_candidate(e, found.metric) for e in entries], metric, found.step_noun, found.chance)
     shown = command or _python_call(
         task, contenders, seeds=seeds, parameters=parameters, epochs=epochs, minutes=minutes, trials=trials or None
     )
@@ -232,7 +232,7 @@ class _Session:
     """What all the jobs of one comparison share."""
 
     def __init__(
-        self, task: Task, data_dir: str | None, root: Path, parameters: int, epochs: int | None, progress: bool
+        self, task: Task, data_dir: str | None, root: Path, parameters: int, epochs: float | None, progress: bool
     ):
         self.task, self.data_dir, self.root = task, data_dir, root
         self.parameters, self.epochs, self.progress = parameters, epochs, progress
@@ -250,7 +250,7 @@ class _Session:
         matched = match_parameters(contender.name, interface, settings, self.parameters, tolerance=TOLERANCE / 2)
         return replace(recipe, settings=matched)
 
-    def affordable(self, contenders: Sequence[Contender], minutes: float) -> int:
+    def affordable(self, contenders: Sequence[Contender], minutes: float) -> float:
         """Return how many epochs the slowest model makes in so many minutes; measured once and kept, to be resumed."""
         pairs = list(zip(contenders, self.recorded(contenders), strict=True))
         asked = json.dumps([self.digest, minutes, [[c.name, r.settings] for c, r in pairs]])
@@ -260,7 +260,8 @@ class _Session:
             make_folder(self.root)
             found = epochs_within(minutes, models, self.task, pairs[0][1].training)
             write_text(kept, json.dumps({"minutes": minutes, "epochs": found}))
-        return int(json.loads(kept.read_text(encoding="utf-8"))["epochs"])
+        epochs: float = json.loads(kept.read_text(encoding="utf-8"))["epochs"]
+        return epochs
 
     def tuned(self, contenders: Sequence[Contender], trials: int) -> list[Recipe]:
         """Return, for each contender, the best of the same draws; stable models take over their twin's."""

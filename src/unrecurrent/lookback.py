@@ -457,7 +457,7 @@ class _Session:
         return [replace(m, results=results[i * self.seeds : (i + 1) * self.seeds]) for i, (m, _) in enumerate(models)]
 
     def _job(self, model: Trained, recipe: Recipe, seed: int) -> Job:
-        patience = max(5, recipe.training.epochs // 3)
+        patience = max(5, int(recipe.training.epochs // 3))
         training = replace(recipe.training, seed=seed, patience=patience)
         if self.weight_decay is not None:
             training = replace(training, weight_decay=self.weight_decay)

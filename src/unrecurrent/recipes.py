@@ -179,7 +179,7 @@ def _named(task: Task) -> str:
     return task.name.partition(":")[0]
 
 
-def find_recipe(task: Task, model: str, epochs: int | None = None) -> Recipe:
+def find_recipe(task: Task, model: str, epochs: float | None = None) -> Recipe:
     """Return how `model` is trained on `task`, with the number of epochs the user asked for."""
     if _named(task) in _NAMED_RECIPES:
         recipe = _NAMED_RECIPES[_named(task)][twin(model)]

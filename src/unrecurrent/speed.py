@@ -66,8 +66,8 @@ def measure_speed(
     }
 
 
-def epochs_within(minutes: float, models: Mapping[str, SequenceModel], task: Task, training: TrainingConfig) -> int:
-    """Return how many passes over the training data the slowest of the models makes in so many minutes, at least one.
+def epochs_within(minutes: float, models: Mapping[str, SequenceModel], task: Task, training: TrainingConfig) -> float:
+    """Return how many passes over the training data the slowest of the models makes in so many minutes.
 
     On one thread, as trainings run side by side; a few steps of each are timed.
     """
@@ -77,7 +77,8 @@ def epochs_within(minutes: float, models: Mapping[str, SequenceModel], task: Tas
         slowest = min(speed.train for speed in measure_speed(models, task, training, rounds=3).values())
     finally:
         torch.set_num_threads(threads)
-    return max(1, int(60 * minutes * slowest / train_steps(task)))
+    passes = 60 * minutes * slowest / train_steps(task)
+    return int(passes) if passes >= 1 else float(f"{passes:.2g}")
 
 
 def _typical(batches: Callable[[], Iterator[Batch]]) -> Batch:

@@ -34,6 +34,7 @@ class TrainingConfig:
 
     `batch_size` counts sequences (columns of a stream), `piece` the steps of a stream between two optimizer
     steps (truncated back-propagation through time with carried state), `clip_norm` the largest gradient norm,
+    `epochs` passes over the data, of which the last may be cut short (0.3: the first 30 % of one pass),
     `patience` the epochs without a better validation loss after which training stops (`None`: never).
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
     each epoch that is no better). Two fields concern predictions over a large vocabulary: `softmax`, the type its
@@ -41,7 +42,7 @@ class TrainingConfig:
     a training step (0: all). What a trained model scores is always exact and in float32.
     """
 
-    epochs: int = 20
+    epochs: float = 20
     learning_rate: float = 2e-3
     optimizer: str = "adamw"
     momentum: float = 0.0
@@ -299,7 +300,8 @@ class TrainingRun:
         self.best = _copied(self.model.state_dict())
         self.examples: dict[Split, Sequence[Example]] = {s: self.task.load(s) for s in ("train", "valid")}
         self.sampler = word_sampler(self.task, self.examples["train"], self.config)
-        self.batches_per_epoch = batch_count(self.task, self.examples["train"], self.config)
+        batches = batch_count(self.task, self.examples["train"], self.config)
+        self.steps = max(1, round(self.config.epochs * batches))
         if self.folder is not None:
             make_folder(self.folder)
             if (self.folder / TRAINING).exists():
@@ -315,6 +317,8 @@ class TrainingRun:
         for index, batch in enumerate(self._epoch_batches(progress.epoch)):
             if index < progress.batch:
                 continue
+            if progress.step >= self.steps:
+                break
             began = time.perf_counter()
             loss = self._train_on(batch.to(self.device))
             progress.batch, progress.step = index + 1, progress.step + 1
@@ -350,7 +354,7 @@ class TrainingRun:
         """Return the learning rate of the next step, a function of the progress alone."""
         rate = self.config.learning_rate
         if self.config.schedule == "cosine":
-            done = self.progress.step / (self.config.epochs * self.batches_per_epoch)
+            done = self.progress.step / self.steps
             return rate * 0.5 * (1 + math.cos(math.pi * done))
         return rate * 0.25**self.progress.decays
 
@@ -379,7 +383,7 @@ class TrainingRun:
         progress.loss_sum, progress.loss_steps = 0.0, 0
         patience = self.config.patience
         tired = patience is not None and progress.worse_epochs >= patience
-        progress.finished = tired or progress.epoch >= self.config.epochs
+        progress.finished = tired or progress.step >= self.steps
         self._log(record)
         if progress.finished:
             self._save()
@@ -390,7 +394,7 @@ class TrainingRun:
         progress = self.progress
         return {
             "model": self.model_name,
-            "fraction": progress.step / (self.config.epochs * self.batches_per_epoch),
+            "fraction": progress.step / self.steps,
             "loss": progress.loss_sum / max(1, progress.loss_steps),
             "tokens_per_s": progress.tokens / max(1e-9, progress.seconds),
             "finished": progress.finished,

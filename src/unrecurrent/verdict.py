@@ -19,7 +19,8 @@ RULES = (
     f" less than {MARGIN:.0%} of the recurrent model's metric, or better.",
     f"Yes: with {CONFIDENCE:.0%} confidence the feed-forward model is worse by more than {MARGIN:.0%}.",
     "The confidence is about training again from other seeds on the same data, not about other test data.",
-    "Cannot tell: anything else, and whenever there are fewer than two seeds or one of the two kinds is missing.",
+    "Cannot tell: anything else, and whenever there are fewer than two seeds, one of the two kinds is missing, or"
+    f" neither is more than {MARGIN:.0%} better than the best answer that reads nothing, where the task knows it.",
 )
 
 
@@ -48,8 +49,10 @@ class Verdict:
         return {"answer": self.answer, "text": self.text, "rules": list(self.rules)}
 
 
-def decide(candidates: Sequence[Candidate], metric: Mapping[str, str], step_noun: str) -> Verdict:
-    """Return the verdict over trained models.
+def decide(
+    candidates: Sequence[Candidate], metric: Mapping[str, str], step_noun: str, chance: float | None = None
+) -> Verdict:
+    """Return the verdict over trained models; `chance` is the metric of the best answer that reads nothing.
 
     >>> def candidate(name, recurrent, test, reach=None):
     ...     return Candidate(name, recurrent, test, test, reach, 9, 1e4 if recurrent else 3e4)
@@ -66,6 +69,8 @@ def decide(candidates: Sequence[Candidate], metric: Mapping[str, str], step_noun
         return Verdict("cannot tell", f"Cannot tell: no {missing} model was compared; add one to --models.")
     gap = _Gap.between(recurrent, forward, sign)
     figures = _figures(recurrent, forward, metric["unit"])
+    if chance is not None and all(sign * (chance - mean(c.test)) <= MARGIN * abs(chance) for c in (recurrent, forward)):
+        return Verdict("cannot tell", _untaught(figures, chance))
     if gap.half_width is None:
         return Verdict("cannot tell", f"Cannot tell with {_seeds(recurrent, forward)}: {figures}.")
     if gap.relative + gap.half_width < MARGIN:
@@ -152,6 +157,13 @@ def _yes(recurrent: Candidate, forward: Candidate, gap: _Gap, figures: str, noun
     if reach is not None and (recurrent.k_star is None or reach < recurrent.k_star):
         text += " It sees less than the recurrent model uses: a wider receptive field may change the answer."
     return text
+
+
+def _untaught(figures: str, chance: float) -> str:
+    return (
+        f"Cannot tell: neither has learned the task ({figures}; who reads nothing gets {chance:.4g})."
+        " Train longer, or with other settings."
+    )
 
 
 def _cannot_tell(recurrent: Candidate, forward: Candidate, gap: _Gap, figures: str) -> str:

@@ -96,7 +96,7 @@ def _train(job: Job) -> dict[str, Any]:
         "parameters": parameter_count(model),
         **assess(model, task, task.load("valid")).named("valid"),
         **assess(model, task, task.load("test")).named("test"),
-        "epochs": run.progress.epoch,
+        "epochs": min(run.progress.epoch, job.training.epochs),
         "best_epoch": run.progress.best_epoch,
         "tokens": run.progress.tokens,
         "minutes": run.progress.seconds / 60,

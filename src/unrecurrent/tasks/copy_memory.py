@@ -1,5 +1,6 @@
 """The copy memory task `copy`: repeat ten symbols after a long blank (Hochreiter and Schmidhuber 1997)."""
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -31,6 +32,11 @@ class CopyTask(GeneratedTask, SymbolTask):
     sizes: ClassVar[dict[Split, int]] = {"train": 10_000, "valid": 1_000, "test": 1_000}
     metric = Metric("nll", "lower", "nats a step")
     vocabulary = outputs = SYMBOLS + 2
+
+    @property
+    def chance(self) -> float:
+        """The loss of one who knows when symbols are due, and not which."""
+        return RECALLED * math.log(SYMBOLS) / (self.length + 2 * RECALLED)
 
     def draw(self, count: int, random: np.random.RandomState) -> Sequence[Example]:
         symbols = torch.from_numpy(random.randint(1, SYMBOLS + 1, (count, RECALLED))).long()

@@ -52,6 +52,12 @@ class MNIST(SymbolTask):
         """`load` looks for the files below `data_dir`, else in the user's data folder."""
         self.data_dir = data_dir
 
+    @property
+    def chance(self) -> float:
+        """The share of the most frequent digit, in percent."""
+        labels = self._split("test")[1]
+        return 100 * float(np.bincount(labels).max()) / len(labels)
+
     def load(self, split: Split) -> Sequence[Example]:
         """Return the images of a split; raises `InputError` if a file is missing or holds something else."""
         images, labels = self._split(split)

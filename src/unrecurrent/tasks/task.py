@@ -120,6 +120,11 @@ class Task(ABC):
         """The `mean` and `std` that inputs in their own units are standardised by (`None`: they are not)."""
         return None
 
+    @property
+    def chance(self) -> float | None:
+        """The metric, on test data, of the best answer that reads nothing (`None`: not known)."""
+        return None
+
     @abstractmethod
     def load(self, split: Split) -> Sequence[Example]:
         """Return the sequences of a split."""
