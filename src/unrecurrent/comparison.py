@@ -85,7 +85,7 @@ class Entry:
     results: Sequence[dict[str, Any]]
     receptive_field: int | None
     speed: Speed
-    memory: MemoryProfile
+    memory: MemoryProfile | None
     certificate: Certificate | None
 
 
@@ -139,7 +139,7 @@ class Comparison:
             "versions": {"unrecurrent": version("unrecurrent"), "torch": torch.__version__},
             "rows": rows,
             "training": {e.contender.label: [_training(r, metric) for r in e.results] for e in entries},
-            "memory": {e.contender.label: e.memory.to_dict(DELTA) for e in entries},
+            "memory": {e.contender.label: e.memory.to_dict(DELTA) for e in entries if e.memory is not None},
             "configuration": {e.contender.label: _configuration(e) for e in entries},
             "budget": dict(self.budget),
         }
@@ -327,8 +327,13 @@ class _Session:
             )
         ]
 
-    def _profile(self, model: SequenceModel, data: Sequence[Example], positions: int) -> MemoryProfile:
-        """Return the truncation curve and, of a recurrent model, the local rate; its exponents would take longer."""
+    def _profile(self, model: SequenceModel, data: Sequence[Example], positions: int) -> MemoryProfile | None:
+        """Return the truncation curve and, of a recurrent model, the local rate; its exponents would take longer.
+
+        Of a task in two parts there is none: its last k symbols would leave out what is to be answered.
+        """
+        if self.task.separator is not None:
+            return None
         return measure_on_task(model, self.task, data, positions=positions, delta=DELTA, exponents=1, steps=512)
 
 
@@ -351,8 +356,9 @@ def _candidate(entry: Entry, metric: Metric) -> Candidate:
         _scores(entry, "valid", metric),
         _scores(entry, "test", metric),
         entry.receptive_field,
-        entry.memory.k(DELTA),
+        _k_star(entry),
         entry.speed.score,
+        measured=entry.memory is not None,
     )
 
 
@@ -379,10 +385,14 @@ def _record(entry: Entry, task: Task, command: str) -> Record:
         generate_steps_per_s=round(entry.speed.generate, 1),
         peak_memory_mib=_peak(entry.results),
         receptive_field=entry.receptive_field,
-        k_star=entry.memory.k(DELTA),
+        k_star=_k_star(entry),
         **proved(entry.certificate),
-        local_rate=max((layer.local_rate for layer in entry.memory.layers), default=None),
+        local_rate=max((layer.local_rate for layer in entry.memory.layers), default=None) if entry.memory else None,
     )
+
+
+def _k_star(entry: Entry) -> int | None:
+    return entry.memory.k(DELTA) if entry.memory is not None else None
 
 
 def _peak(results: Sequence[Mapping[str, Any]]) -> float | None:

@@ -146,7 +146,25 @@ _HEARD: dict[str, Settings] = {
     "wavenet": {**_convolutions(9, 2), "cycles": 2},
     "transformer": {"layers": 3, "window": 128},
 }
+# Sentences with their translations. The learning rates are those usual for models of this size.
+_PAIRS = TrainingConfig(epochs=8, learning_rate=2e-3, batch_size=64, schedule="cosine", sampled_words=1024)
+_PAIR_SETTINGS: Settings = {"embedding_size": 256, "tied": True, "dropout": 0.3, "input_dropout": 0.1}
+_TRANSLATION_RECIPES = {
+    **_recipes(
+        _PAIRS,
+        _PAIR_SETTINGS,
+        window={"k": 16},
+        tcn=_convolutions(5, 3),
+        gated_conv=_convolutions(8, 6),
+        wavenet={**_convolutions(6, 2), "cycles": 1},
+        transformer={"layers": 3, "head_size": 32},
+    ),
+    "seq2seq-lstm": Recipe(_PAIR_SETTINGS, _PAIRS),
+    "seq2seq-conv": Recipe({**_PAIR_SETTINGS, "layers": 4}, _PAIRS),
+    "seq2seq-transformer": Recipe({**_PAIR_SETTINGS, "layers": 3}, replace(_PAIRS, learning_rate=1e-3)),
+}
 _NAMED_RECIPES = {
+    "multi30k": _TRANSLATION_RECIPES,
     "copy": _recipes(
         _COPY,
         {"embedding_size": 10},
@@ -180,20 +198,26 @@ def _named(task: Task) -> str:
 
 
 def find_recipe(task: Task, model: str, epochs: float | None = None) -> Recipe:
-    """Return how `model` is trained on `task`, with the number of epochs the user asked for."""
-    if _named(task) in _NAMED_RECIPES:
-        recipe = _NAMED_RECIPES[_named(task)][twin(model)]
-    elif isinstance(task, SeriesTask):
-        recipe = _SERIES_RECIPES[twin(model)]
+    """Return how `model` is trained on `task`, with the number of epochs the user asked for.
+
+    A model that cannot do a task has no recipe there: it gets the plain one, and says itself why it cannot.
+    """
+    recipe = _recipes_of(task).get(twin(model), Recipe())
+    if isinstance(task, SeriesTask):
         recipe = replace(recipe, training=_passed(recipe.training, len(task.load("train"))))
-    elif not task.stream:
-        recipe = _MUSIC_RECIPES[twin(model)]
-    elif task.large_vocabulary:
-        recipe = _WORD_RECIPES[twin(model)]
-    else:
-        recipe = _STREAM_RECIPES[twin(model)]
+    elif task.stream and not task.large_vocabulary and _named(task) not in _NAMED_RECIPES:
         recipe = replace(recipe, training=_sized(recipe.training, train_steps(task)))
     return recipe if epochs is None else replace(recipe, training=replace(recipe.training, epochs=epochs))
+
+
+def _recipes_of(task: Task) -> dict[str, Recipe]:
+    if _named(task) in _NAMED_RECIPES:
+        return _NAMED_RECIPES[_named(task)]
+    if isinstance(task, SeriesTask):
+        return _SERIES_RECIPES
+    if not task.stream:
+        return _MUSIC_RECIPES
+    return _WORD_RECIPES if task.large_vocabulary else _STREAM_RECIPES
 
 
 #: optimizer steps a training on a series should have, and the most passes over it
@@ -230,7 +254,7 @@ def _sized(training: TrainingConfig, steps: int) -> TrainingConfig:
 
 
 #: those of a temporal convolutional network 10 (`copy`) or 25 wide, as in Bai, Kolter and Koltun (2018)
-_PARAMETERS = {"copy": 13_330, "adding": 66_900, "mnist": 66_900, "permuted-mnist": 66_900}
+_PARAMETERS = {"copy": 13_330, "adding": 66_900, "mnist": 66_900, "permuted-mnist": 66_900, "multi30k": 3_000_000}
 
 
 def default_parameters(task: Task) -> int:
@@ -248,4 +272,6 @@ def default_models(task: Task) -> tuple[str, ...]:
     """Return the models compared when the user names none."""
     if _named(task) in ("copy", "adding", "mnist", "permuted-mnist"):
         return ("rnn", "lstm", "gru", "certified-lstm", "tcn")
+    if task.writes:
+        return ("seq2seq-lstm", "certified-seq2seq-lstm", "seq2seq-conv", "seq2seq-transformer")
     return ("rnn", "lstm", "stable-lstm", "certified-lstm", "window", "gated-conv", "tcn")

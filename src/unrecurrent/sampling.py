@@ -25,7 +25,7 @@ def sample_levels(
     Raises:
         InputError: a model that does not predict levels, or a setting out of range.
     """
-    vocabulary, _, outputs = model.interface
+    vocabulary, outputs = model.interface.vocabulary, model.interface.outputs
     if vocabulary is None or outputs != LEVELS:
         raise InputError("only a model trained on waveforms can be sampled from: train it on digits or speech")
     if not (0 <= start < vocabulary and steps >= 1 and temperature > 0):

@@ -94,7 +94,7 @@ Report = Callable[[dict[str, Any]], None]
 
 def task_interface(task: Task) -> Interface:
     """Return what a model must read and write for a task."""
-    return Interface(task.vocabulary, task.features, task.outputs)
+    return Interface(task.vocabulary, task.features, task.outputs, task.separator)
 
 
 def train_steps(task: Task) -> int:
@@ -214,7 +214,7 @@ def assess(model: SequenceModel, task: Task, examples: Sequence[Example], dtype:
         batch = batch.to(model.device)
         if batch.fresh or cache is None:
             cache = model.init_cache(batch.inputs.shape[0])
-        if task.metric.of_predictions:
+        if task.metric.of_predictions and not task.writes:
             outputs, cache = model.advance(batch.inputs, cache)
             found = losses(task, outputs, batch)
             answers += _answers(outputs, batch)
@@ -222,9 +222,13 @@ def assess(model: SequenceModel, task: Task, examples: Sequence[Example], dtype:
             found, cache = score(model, task, batch, cache, dtype)
         total += float(found.double().sum())
         steps += batch.steps
-    model.train(training)
     loss = total / steps
-    return Scores(loss, task.judge(*zip(*answers, strict=True)) if answers else task.metric.of(loss))
+    if task.writes:
+        metric = task.judge_written(model, examples)
+    else:
+        metric = task.judge(*zip(*answers, strict=True)) if answers else task.metric.of(loss)
+    model.train(training)
+    return Scores(loss, metric)
 
 
 def _answers(outputs: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:

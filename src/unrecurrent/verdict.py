@@ -35,6 +35,8 @@ class Candidate:
     receptive_field: int | None
     k_star: int | None
     score_speed: float | None
+    #: whether the truncation curve, and with it k*, was measured at all
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,13 @@ def _seeds(recurrent: Candidate, forward: Candidate) -> str:
 
 
 def _uses(recurrent: Candidate, noun: str) -> str:
+    if not recurrent.measured:
+        return ""
     if recurrent.k_star is None:
-        return f"The {recurrent.name} uses more {noun}s than were measured"
+        return f"The {recurrent.name} uses more {noun}s than were measured; "
     if recurrent.k_star == 1:
-        return f"The {recurrent.name} uses the last {noun} alone"
-    return f"The {recurrent.name} uses the last {recurrent.k_star} {noun}s"
+        return f"The {recurrent.name} uses the last {noun} alone; "
+    return f"The {recurrent.name} uses the last {recurrent.k_star} {noun}s; "
 
 
 def _reach(forward: Candidate, noun: str) -> str:
@@ -148,15 +152,20 @@ def _times(recurrent: Candidate, forward: Candidate) -> str:
 def _no(recurrent: Candidate, forward: Candidate, gap: _Gap, figures: str, noun: str) -> str:
     quality = "is better" if gap.relative + (gap.half_width or 0) < 0 else "is as good"
     times = _times(recurrent, forward)
-    return f"No. {_uses(recurrent, noun)}; {_reach(forward, noun)} {quality} ({figures}){times}."
+    return _sentence("No.", f"{_uses(recurrent, noun)}{_reach(forward, noun)} {quality} ({figures}){times}.")
 
 
 def _yes(recurrent: Candidate, forward: Candidate, gap: _Gap, figures: str, noun: str) -> str:
-    text = f"Yes. {_uses(recurrent, noun)}; {_reach(forward, noun)} is worse by {gap.relative:.1%} ({figures})."
+    text = f"{_uses(recurrent, noun)}{_reach(forward, noun)} is worse by {gap.relative:.1%} ({figures})."
+    text = _sentence("Yes.", text)
     reach = forward.receptive_field
-    if reach is not None and (recurrent.k_star is None or reach < recurrent.k_star):
+    if recurrent.measured and reach is not None and (recurrent.k_star is None or reach < recurrent.k_star):
         text += " It sees less than the recurrent model uses: a wider receptive field may change the answer."
     return text
+
+
+def _sentence(answer: str, text: str) -> str:
+    return f"{answer} {text[0].upper()}{text[1:]}"
 
 
 def _untaught(figures: str, chance: float) -> str:

@@ -45,6 +45,11 @@ _WHERE = {
     "wavenet": ("wavenet", "WaveNet"),
     "transformer": ("transformer", "Transformer"),
     "ngram-lstm": ("ngram_lstm", "NgramLSTM"),
+    "seq2seq-lstm": ("seq2seq_lstm", "Seq2SeqLSTM"),
+    "stable-seq2seq-lstm": ("seq2seq_lstm", "StableSeq2SeqLSTM"),
+    "certified-seq2seq-lstm": ("seq2seq_lstm", "CertifiedSeq2SeqLSTM"),
+    "seq2seq-conv": ("seq2seq_conv", "Seq2SeqConv"),
+    "seq2seq-transformer": ("seq2seq_transformer", "Seq2SeqTransformer"),
 }
 
 SIZES = {"hidden_size", "layers", "kernel_size", "k", "embedding_size", "input_kernel"}

@@ -64,6 +64,10 @@ class RecurrentModel(SequenceModel):
         queues = () if self.front is None else (self.front.convolution.queue(batch),)
         return (zero,) * self.state_parts + queues
 
+    def select(self, cache: Cache, rows: Tensor) -> Cache:
+        state = tuple(part.index_select(1, rows) for part in cache[: self.state_parts])
+        return state + super().select(cache[self.state_parts :], rows)
+
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         state, queues = cache[: self.state_parts], cache[self.state_parts :]
         if self.front is not None:

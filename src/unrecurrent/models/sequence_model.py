@@ -11,11 +11,15 @@ Cache = tuple[Tensor, ...]
 
 
 class Interface(NamedTuple):
-    """What goes in and comes out: `vocabulary` symbols or `features` real numbers in, `outputs` numbers out."""
+    """What goes in and comes out: `vocabulary` symbols or `features` real numbers in, `outputs` numbers out.
+
+    `separator` is the symbol between what is read and what is written, where a task has one.
+    """
 
     vocabulary: int | None
     features: int | None
     outputs: int
+    separator: int | None = None
 
 
 class SequenceModel(nn.Module):
@@ -68,6 +72,10 @@ class SequenceModel(nn.Module):
     def init_cache(self, batch: int) -> Cache:
         """Return what a model that has read nothing remembers, for `batch` sequences."""
         raise NotImplementedError
+
+    def select(self, cache: Cache, rows: Tensor) -> Cache:
+        """Return the cache of the given sequences of the batch, in that order; a row may come more than once."""
+        return tuple(part.index_select(0, rows) for part in cache)
 
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Read encoded inputs `(B, T, E)` from `cache`; return hidden features `(B, T, H)` and the next cache."""

@@ -103,10 +103,16 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: Cache, rotation: Tensor) -> tuple[Tensor, Cache]:
+    def attend(self, x: Tensor, cache: Cache, rotation: Tensor) -> tuple[Tensor, Cache]:
         mixed, cache = self.attention(self.before_attention(x), cache, rotation)
-        x = x + self.dropout(mixed)
-        return x + self.dropout(self.perceptron(x)), cache
+        return x + self.dropout(mixed), cache
+
+    def think(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.perceptron(x))
+
+    def forward(self, x: Tensor, cache: Cache, rotation: Tensor) -> tuple[Tensor, Cache]:
+        x, cache = self.attend(x, cache, rotation)
+        return self.think(x), cache
 
 
 class Transformer(SequenceModel):

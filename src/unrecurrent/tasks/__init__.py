@@ -14,6 +14,7 @@ from unrecurrent.tasks.generated import GeneratedTask
 from unrecurrent.tasks.jsb import jsb_chorales
 from unrecurrent.tasks.measured_series import F16, CascadedTanks, ETTh1
 from unrecurrent.tasks.mnist import MNIST, PermutedMNIST
+from unrecurrent.tasks.multi30k import Multi30k
 from unrecurrent.tasks.musedata import musedata
 from unrecurrent.tasks.nottingham import nottingham
 from unrecurrent.tasks.piano import piano
@@ -45,6 +46,7 @@ _TASKS: dict[str, Callable[[Path | None], Task]] = {
     "mnist": MNIST,
     "permuted-mnist": PermutedMNIST,
     "atis": ATIS,
+    "multi30k": Multi30k,
     "digits": Digits,
     "speech": Speech,
     "copy": lambda data_dir: CopyTask("copy"),

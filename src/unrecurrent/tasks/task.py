@@ -7,10 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from unrecurrent.models import SequenceModel
 
 from unrecurrent.digests import tensor_digest, text_digest
 from unrecurrent.errors import InputError
@@ -112,6 +115,10 @@ class Task(ABC):
     generated: bool = False
     #: what one step is called in a sentence ("chord", "character")
     step_noun: str = "step"
+    #: the symbol between what is read and what is written, of a task in two parts
+    separator: int | None = None
+    #: judged by what a model writes after the separator (`judge_written`), not by single predictions
+    writes: bool = False
     #: the best epoch is the one with the best validation metric, not the one with the lowest validation loss
     selected_by_metric: bool = False
 
@@ -142,6 +149,10 @@ class Task(ABC):
 
         Both hold one tensor a sequence. Only asked where `metric.of_predictions` says so.
         """
+        raise NotImplementedError
+
+    def judge_written(self, model: "SequenceModel", examples: Sequence[Example]) -> float:
+        """Return the metric of what a model writes after the separator of each example, where the task `writes`."""
         raise NotImplementedError
 
     def criterion(self, scores: Mapping[str, float]) -> float:

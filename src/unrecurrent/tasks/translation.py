@@ -1,0 +1,173 @@
+"""What all translation tasks share: pairs of sentences as one sequence, a joint subword vocabulary, BLEU."""
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unrecurrent.digests import tensor_digest
+from unrecurrent.errors import InputError
+from unrecurrent.tasks.symbols import SymbolTask
+from unrecurrent.tasks.task import SPLITS, Example, Metric, Split
+
+if TYPE_CHECKING:
+    from unrecurrent.models import SequenceModel
+
+#: symbols that are no subwords; the first pads
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
+BEGIN, END = SPECIAL.index("<s>"), SPECIAL.index("</s>")
+#: sentences translated at a time
+_BATCH = 32
+
+
+class Pairs(Sequence[Example]):
+    """Encoded pairs of sentences, kept as two flat arrays; `references` are the sentences to be written, as text."""
+
+    def __init__(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], references: Sequence[str]):
+        rows = [[*source, BEGIN, *target, END] for source, target in zip(sources, targets, strict=True)]
+        self.ends = np.cumsum([len(row) for row in rows])
+        self.flat = np.fromiter((symbol for row in rows for symbol in row), np.int32, int(self.ends[-1]))
+        self.references = references
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        row = torch.from_numpy(self.flat[self.ends[index - 1] if index else 0 : self.ends[index]]).long()
+        return Example(row[:-1], row[1:])
+
+
+class Translation(SymbolTask):
+    """Write the translation of a sentence.
+
+    A pair is one sequence: the subwords of the source, `<s>`, those of the translation, `</s>`. Inputs are all of it
+    but the last symbol, targets all but the first, and the steps that count are those from `<s>` on, so that a model
+    of one sequence can do it as well as one of two. Subwords are those of byte-pair encoding (Sennrich, Haddow and
+    Birch 2016, arXiv:1508.07909) over both languages' training sentences. The metric is BLEU of what beam search finds,
+    as sacreBLEU computes it from text (13a tokens, cased; Post 2018, arXiv:1804.08771); the best epoch is the one with
+    the lowest validation loss.
+    """
+
+    metric = Metric("bleu", "higher", "BLEU", of_predictions=True)
+    large_vocabulary = True
+    step_noun = "subword"
+    separator = BEGIN
+    writes = True
+    #: subwords of the joint vocabulary, special ones included
+    subwords: ClassVar[int] = 6_000
+
+    def __init__(self, data_dir: Path | None = None) -> None:
+        """The files are looked for below `data_dir`, else in the user's data folder, when the task is first used."""
+        self.data_dir = data_dir
+
+    @abstractmethod
+    def sentences(self, split: Split) -> Iterator[tuple[str, str]]:
+        """Yield source and translation of each pair; raises `InputError` if a file is missing or is something else."""
+
+    @property
+    def vocabulary(self) -> int:  # type: ignore[override]
+        return int(self.tokenizer.get_vocab_size())
+
+    @property
+    def outputs(self) -> int:  # type: ignore[override]
+        return self.vocabulary
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What cuts text into subwords: learnt from the training pairs, the same each time."""
+        tokenizers = _package("tokenizers")
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+        cuts = tokenizers.pre_tokenizers
+        tokenizer.pre_tokenizer = cuts.Sequence([cuts.Metaspace(), cuts.Punctuation()])
+        tokenizer.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=self.subwords, special_tokens=list(SPECIAL), show_progress=False
+        )
+        texts = (text for pair in self.sentences("train") for text in pair)
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer
+
+    def load(self, split: Split) -> Pairs:
+        """Return the pairs of a split; raises `InputError` if a file is missing or holds something else."""
+        return self._loaded[split]
+
+    @cached_property
+    def _loaded(self) -> dict[Split, Pairs]:
+        return {split: self._encoded(list(self.sentences(split))) for split in SPLITS}
+
+    def _encoded(self, pairs: Sequence[tuple[str, str]]) -> Pairs:
+        sources, references = zip(*pairs, strict=True)
+        return Pairs(self._symbols(sources), self._symbols(references), references)
+
+    def _symbols(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+
+    def digest(self) -> str:
+        """Return a fingerprint of all encoded pairs."""
+        arrays = ((split, array) for split in SPLITS for array in (self.load(split).flat, self.load(split).ends))
+        return tensor_digest((split, torch.from_numpy(array)) for split, array in arrays)
+
+    def mask(self, example: Example) -> Tensor:
+        return (example.inputs == BEGIN).cumsum(0) > 0
+
+    def translate(self, model: "SequenceModel", sentences: Sequence[str]) -> list[str]:
+        """Return the translations a trained model finds by beam search."""
+        sources = [[*symbols, BEGIN] for symbols in self._symbols(sentences)]
+        return self._written(model, [torch.tensor(source) for source in sources])
+
+    def judge_written(self, model: "SequenceModel", examples: Sequence[Example]) -> float:
+        """Return the BLEU of what beam search writes for the pairs of a split."""
+        if not isinstance(examples, Pairs):
+            raise TypeError("a translation is judged on what `load` returns, which keeps the text")
+        prompts = [inputs[: int((inputs == BEGIN).nonzero()[0]) + 1] for inputs, _ in examples]
+        return bleu(self._written(model, prompts), examples.references)
+
+    def _written(self, model: "SequenceModel", prompts: Sequence[Tensor]) -> list[str]:
+        from unrecurrent.beam_search import beam_search
+
+        model.eval()
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for i, prompt in enumerate(prompts):
+            by_length[len(prompt)].append(i)
+        texts = [""] * len(prompts)
+        for length, indices in by_length.items():
+            for start in range(0, len(indices), _BATCH):
+                some = indices[start : start + _BATCH]
+                batch = torch.stack([prompts[i] for i in some]).to(model.device)
+                found = beam_search(model, batch, END, most=2 * length + 10, forbidden=(0, BEGIN))
+                for i, text in zip(some, self.tokenizer.decode_batch(found), strict=True):
+                    texts[i] = text
+        return texts
+
+
+def bleu(written: Sequence[str], references: Sequence[str]) -> float:
+    """Return the corpus BLEU of sentences, in per cent.
+
+    >>> bleu(["a man is asleep on a couch ."], ["a man is asleep on a couch ."])
+    100.0
+    """
+    return round(float(_package("sacrebleu").corpus_bleu(list(written), [list(references)]).score), 4)
+
+
+def _package(name: str) -> Any:
+    """Return a package that only translation needs."""
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise InputError(
+            f"translation needs the package {name}, which is not there: run `pip install 'unrecurrent[translation]'`"
+        ) from error
