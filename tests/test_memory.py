@@ -56,7 +56,7 @@ def test_leaky_integrator_is_truncated_as_its_geometric_series_says(rate):
     assert profile.full < 1e-10
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", [name for name in model_names() if "seq2seq" not in name])
 def test_curve_of_every_model_meets_the_full_loss(name):
     """At the longest sequence, and for feed-forward models at the receptive field, truncation changes nothing."""
     model = build_model(name, Interface(None, 3, 3), {"hidden_size": 6})

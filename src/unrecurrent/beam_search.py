@@ -20,6 +20,28 @@ class _Best(NamedTuple):
 
 
 @torch.no_grad()
+def beam_search_reference(
+    model: SequenceModel, prompt: Tensor, end: int, most: int, beams: int = BEAMS, forbidden: tuple[int, ...] = ()
+) -> list[int]:
+    """Return the same for one prompt `(M,)`, every hypothesis read anew from its beginning in every step."""
+    alive: list[tuple[float, list[int]]] = [(0.0, [])]
+    done: list[tuple[float, list[int]]] = []
+    for length in range(1, most + 1):
+        found = []
+        for total, symbols in alive:
+            logits = model(torch.cat([prompt, prompt.new_tensor(symbols)])[None])[0, -1]
+            logits[list(forbidden)] = float("-inf")
+            for symbol, score in enumerate(logits.log_softmax(-1).tolist()):
+                found.append((total + score, [*symbols, symbol]))
+        found.sort(key=lambda pair: -pair[0])
+        done += [(total / length, symbols[:-1]) for total, symbols in found[:beams] if symbols[-1] == end]
+        if len(done) >= beams:
+            break
+        alive = [pair for pair in found if pair[1][-1] != end][:beams]
+    return max(done, key=lambda pair: pair[0])[1] if done else alive[0][1]
+
+
+@torch.no_grad()
 def beam_search(
     model: SequenceModel, prompts: Tensor, end: int, most: int, beams: int = BEAMS, forbidden: tuple[int, ...] = ()
 ) -> list[list[int]]:

@@ -427,14 +427,15 @@ def _budget(
             f"parameter counts differ by more than {TOLERANCE:.0%} ({min(counts):,} to {max(counts):,}):"
             " choose a larger budget"
         )
-    tokens = {result["tokens"] for entry in entries for result in entry.results}
+    # One count a seed: part of a pass may hold other sequences, and so be longer or shorter, for another seed.
+    tokens = {tuple(result["tokens"] for result in entry.results) for entry in entries}
     epochs = {recipe.training.epochs for recipe in recipes}
     if len(tokens) != 1 or len(epochs) != 1:
         raise RuntimeError(f"budgets differ: {tokens} tokens read, {epochs} epochs")
     return {
         "parameters": session.parameters,
         "epochs": epochs.pop(),
-        "tokens read": tokens.pop(),
+        "tokens read": max(tokens.pop()),
         "seeds": seeds,
         "tuning trials": trials,
     }

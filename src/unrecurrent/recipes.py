@@ -49,6 +49,13 @@ _MUSIC_RECIPES = {
     "transformer": Recipe({"dropout": 0.3, "layers": 2}, replace(_MUSIC, learning_rate=1e-3)),
     "ngram-lstm": Recipe({"dropout": 0.3}, _FAST),
 }
+# Folk tunes repeat their bars: an LSTM uses 33 chords, and convolutions get kernels that reach as far. Not tuned.
+_TUNE_RECIPES = _MUSIC_RECIPES | {
+    "window": Recipe({"dropout": 0.3, "k": 16}, _MUSIC),
+    "tcn": Recipe({"dropout": 0.3, "layers": 4, "kernel_size": 5}, _MUSIC),
+    "gated-conv": Recipe({"dropout": 0.3, "layers": 4, "kernel_size": 12}, _MUSIC),
+    "wavenet": Recipe({"dropout": 0.3, "layers": 6, "cycles": 1, "kernel_size": 2}, _MUSIC),
+}
 _STREAM = TrainingConfig(epochs=3, learning_rate=3e-3, batch_size=32, piece=64, schedule="cosine")
 _STREAM_RECIPES = {
     "rnn": Recipe({"dropout": 0.1}, replace(_STREAM, learning_rate=1e-3)),
@@ -164,6 +171,7 @@ _TRANSLATION_RECIPES = {
     "seq2seq-transformer": Recipe({**_PAIR_SETTINGS, "layers": 3}, replace(_PAIRS, learning_rate=1e-3)),
 }
 _NAMED_RECIPES = {
+    "nottingham": _TUNE_RECIPES,
     "multi30k": _TRANSLATION_RECIPES,
     "copy": _recipes(
         _COPY,

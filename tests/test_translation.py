@@ -1,0 +1,90 @@
+"""Multi30k: the published counts, text that survives the vocabulary, BLEU, and damaged files."""
+
+import gzip
+
+import pytest
+import torch
+
+from unrecurrent.errors import InputError
+from unrecurrent.models import build_model
+from unrecurrent.tasks import get_task
+from unrecurrent.tasks.translation import BEGIN, END, bleu
+from unrecurrent.training import TrainingConfig, TrainingRun, assess, task_interface
+
+GERMAN = ["Ein Hund läuft.", "Eine Katze schläft.", "Ein Mann läuft, schnell.", "Eine Frau schläft."]
+ENGLISH = ["A dog runs.", "A cat sleeps.", "A man runs, fast.", "A woman sleeps."]
+
+
+def write_pairs(folder, count):
+    """Write the first few pairs in the true file format, those to train on eight times."""
+    home = folder / "multi30k"
+    home.mkdir()
+    for file in ("train", "val", "test_2016_flickr"):
+        for language, lines in (("de", GERMAN), ("en", ENGLISH)):
+            text = "\n".join(lines[:count] * (8 if file == "train" else 1)) + "\n"
+            (home / f"{file}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+@pytest.fixture
+def few(tmp_path):
+    return write_pairs(tmp_path, 4)
+
+
+def test_the_corpus_has_its_published_counts(data_dir):
+    task = get_task("multi30k", data_dir=data_dir)
+    assert [sum(1 for _ in task.sentences(split)) for split in ("train", "valid", "test")] == [29_000, 1_014, 1_000]
+
+
+def test_a_pair_is_one_sequence_whose_second_half_counts(few):
+    task = get_task("multi30k", data_dir=few)
+    inputs, targets = task.load("test")[2]
+    cut = inputs.tolist().index(BEGIN)
+    assert task.tokenizer.decode(inputs[:cut].tolist()) == GERMAN[2]
+    counted = targets[task.mask(task.load("test")[2])]
+    assert counted[-1] == END
+    assert task.tokenizer.decode(counted[:-1].tolist()) == ENGLISH[2]
+    assert task.load("test").references[2] == ENGLISH[2]
+    assert len(task.load("train")) == 32
+    assert torch.equal(task.load("train")[-1].inputs, task.load("train")[31].inputs)
+    assert get_task("multi30k", data_dir=few).digest() == task.digest()
+
+
+def test_a_model_that_has_learnt_them_writes_the_translations(tmp_path):
+    task = get_task("multi30k", data_dir=write_pairs(tmp_path, 2))
+    config = TrainingConfig(epochs=8, learning_rate=5e-3, batch_size=2)
+    run = TrainingRun(task, "seq2seq-conv", {"hidden_size": 24, "embedding_size": 16}, config)
+    model = run.run()
+    assert run.progress.history[0]["valid_metric"] < 90
+    assert assess(model, task, task.load("test")).metric == pytest.approx(100)
+    assert task.translate(model, [GERMAN[1], GERMAN[0]]) == [ENGLISH[1], ENGLISH[0]]
+
+
+def test_a_model_of_one_sequence_is_scored_on_the_same_steps(few):
+    task = get_task("multi30k", data_dir=few)
+    model = build_model("gru", task_interface(task), {"hidden_size": 4})
+    with torch.no_grad():
+        model.readout.weight.zero_()
+        model.readout.bias.zero_()
+    assert assess(model, task, task.load("test")).loss == pytest.approx(torch.tensor(float(task.vocabulary)).log())
+
+
+def test_bleu_is_that_of_the_corpus():
+    assert bleu(ENGLISH, ENGLISH) == pytest.approx(100)
+    assert 0 < bleu(["A dog runs fast over grass."], ["A dog runs fast over snow."]) < 100
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no gzip", "no gzip file"), (gzip.compress(b"one line\n"), "hold 1 German sentences but 4 English")],
+    ids=["damaged", "too short"],
+)
+def test_other_files_get_one_sentence(few, content, message):
+    (few / "multi30k" / "val.de.gz").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(get_task("multi30k", data_dir=few).sentences("valid"))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"multi30k.*missing.*train.de.gz"):
+        list(get_task("multi30k", data_dir=tmp_path).sentences("train"))
