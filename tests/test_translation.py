@@ -5,6 +5,7 @@ import gzip
 import pytest
 import torch
 
+from unrecurrent.beam_search import translate
 from unrecurrent.errors import InputError
 from unrecurrent.models import build_model
 from unrecurrent.tasks import get_task
@@ -57,7 +58,7 @@ def test_a_model_that_has_learnt_them_writes_the_translations(tmp_path):
     model = run.run()
     assert run.progress.history[0]["valid_metric"] < 90
     assert assess(model, task, task.load("test")).metric == pytest.approx(100)
-    assert task.translate(model, [GERMAN[1], GERMAN[0]]) == [ENGLISH[1], ENGLISH[0]]
+    assert translate(model, task, [GERMAN[1], GERMAN[0]]) == [ENGLISH[1], ENGLISH[0]]
 
 
 def test_a_model_of_one_sequence_is_scored_on_the_same_steps(few):
@@ -88,3 +89,26 @@ def test_other_files_get_one_sentence(few, content, message):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"multi30k.*missing.*train.de.gz"):
         list(get_task("multi30k", data_dir=tmp_path).sentences("train"))
+
+
+def test_wmt14_reads_the_parquet_files_of_the_hub(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "wmt14" / "de-en"
+    folder.mkdir(parents=True)
+    for name, pairs in (
+        ("train-00000-of-00002", list(zip(GERMAN[:2], ENGLISH[:2], strict=True)) * 9),
+        ("train-00001-of-00002", list(zip(GERMAN[2:], ENGLISH[2:], strict=True)) * 9),
+        ("validation-00000-of-00001", [(GERMAN[0], ENGLISH[0])]),
+        ("test-00000-of-00001", [(GERMAN[3], ENGLISH[3] + " ")]),
+    ):
+        table = pyarrow.table({"translation": [{"de": german, "en": english} for german, english in pairs]})
+        parquet.write_table(table, folder / f"{name}.parquet")
+    task = get_task("wmt14", data_dir=tmp_path)
+    assert [len(task.load(split)) for split in ("train", "valid", "test")] == [36, 1, 1]
+    assert task.load("test").references == (ENGLISH[3],)
+    (folder / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="no Parquet file of pairs"):
+        list(task.sentences("test"))
+    (folder / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(InputError, match="the test files of 'wmt14' are missing"):
+        list(task.sentences("test"))

@@ -1,11 +1,14 @@
 """What a sequence model finds most probable to write after a prompt: beam search."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unrecurrent.models import Cache, SequenceModel
+from unrecurrent.tasks.translation import Translation
 
 #: hypotheses kept of each sequence
 BEAMS = 5
@@ -50,7 +53,8 @@ def beam_search(
     `beams` unfinished hypotheses of each prompt are kept from step to step; a prompt is done when as many have ended,
     or after `most` symbols. Symbols in `forbidden` are not written. With one beam it is greedy search.
     """
-    count = len(prompts)
+    model.eval()
+    prompts, count = prompts.to(model.device), len(prompts)
     hidden, cache = model.advance_hidden(prompts, model.init_cache(count))
     logits, cache = model.readout(hidden[:, -1:])[:, 0], _widened(model, cache, count, beams)
     totals = logits.new_full((count, beams), float("-inf"))
@@ -76,6 +80,11 @@ def beam_search(
         symbols if ended else unfinished
         for symbols, ended, unfinished in zip(best.symbols, best.ended.tolist(), written[:, 0].tolist(), strict=True)
     ]
+
+
+def translate(model: SequenceModel, task: Translation, sentences: Sequence[str]) -> list[str]:
+    """Return the translations of sentences that beam search finds with a model trained on `task`."""
+    return task.translate(partial(beam_search, model), sentences)
 
 
 def _widened(model: SequenceModel, cache: Cache, count: int, beams: int) -> Cache:

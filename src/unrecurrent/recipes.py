@@ -173,6 +173,7 @@ _TRANSLATION_RECIPES = {
 _NAMED_RECIPES = {
     "nottingham": _TUNE_RECIPES,
     "multi30k": _TRANSLATION_RECIPES,
+    "wmt14": _TRANSLATION_RECIPES,
     "copy": _recipes(
         _COPY,
         {"embedding_size": 10},
@@ -262,7 +263,14 @@ def _sized(training: TrainingConfig, steps: int) -> TrainingConfig:
 
 
 #: those of a temporal convolutional network 10 (`copy`) or 25 wide, as in Bai, Kolter and Koltun (2018)
-_PARAMETERS = {"copy": 13_330, "adding": 66_900, "mnist": 66_900, "permuted-mnist": 66_900, "multi30k": 3_000_000}
+_PARAMETERS = {
+    "copy": 13_330,
+    "adding": 66_900,
+    "mnist": 66_900,
+    "permuted-mnist": 66_900,
+    "multi30k": 3_000_000,
+    "wmt14": 12_000_000,
+}
 
 
 def default_parameters(task: Task) -> int:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unrecurrent.batches import Batch, scoring_columns, sequence_batches, stream_batches
+from unrecurrent.beam_search import beam_search
 from unrecurrent.checkpoint import TRAINING, load_tensors, save_model, save_tensors
 from unrecurrent.errors import Diverged, InputError
 from unrecurrent.files import make_folder, write_text
@@ -224,7 +226,7 @@ def assess(model: SequenceModel, task: Task, examples: Sequence[Example], dtype:
         steps += batch.steps
     loss = total / steps
     if task.writes:
-        metric = task.judge_written(model, examples)
+        metric = task.judge_written(partial(beam_search, model), examples)
     else:
         metric = task.judge(*zip(*answers, strict=True)) if answers else task.metric.of(loss)
     model.train(training)

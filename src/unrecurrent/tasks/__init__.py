@@ -24,6 +24,7 @@ from unrecurrent.tasks.series import SeriesFile
 from unrecurrent.tasks.speech import Speech
 from unrecurrent.tasks.task import SPLITS, Example, Metric, Source, Split, Task
 from unrecurrent.tasks.text import TextTask
+from unrecurrent.tasks.wmt14 import WMT14
 from unrecurrent.tasks.words import PTB, BillionWord, WikiText2, WikiText103
 
 __all__ = ["SPLITS", "Example", "Metric", "Source", "Split", "Task", "get_task", "task_names"]
@@ -47,6 +48,7 @@ _TASKS: dict[str, Callable[[Path | None], Task]] = {
     "permuted-mnist": PermutedMNIST,
     "atis": ATIS,
     "multi30k": Multi30k,
+    "wmt14": WMT14,
     "digits": Digits,
     "speech": Speech,
     "copy": lambda data_dir: CopyTask("copy"),

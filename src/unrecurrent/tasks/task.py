@@ -7,13 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from unrecurrent.models import SequenceModel
 
 from unrecurrent.digests import tensor_digest, text_digest
 from unrecurrent.errors import InputError
@@ -91,6 +88,12 @@ class Example(NamedTuple):
     targets: Tensor
 
 
+class Write(Protocol):
+    """What a model writes after each of the prompts `(N, M)`: symbols up to `end`, at most so many, none forbidden."""
+
+    def __call__(self, prompts: Tensor, *, end: int, most: int, forbidden: tuple[int, ...] = ()) -> list[list[int]]: ...
+
+
 class Task(ABC):
     """A benchmark: `load` gives sequences, `loss` scores predictions, `metric` names the number reported.
 
@@ -151,8 +154,8 @@ class Task(ABC):
         """
         raise NotImplementedError
 
-    def judge_written(self, model: "SequenceModel", examples: Sequence[Example]) -> float:
-        """Return the metric of what a model writes after the separator of each example, where the task `writes`."""
+    def judge_written(self, write: Write, examples: Sequence[Example]) -> float:
+        """Return the metric of what is written after the separator of each example, where the task `writes`."""
         raise NotImplementedError
 
     def criterion(self, scores: Mapping[str, float]) -> float:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import torch
@@ -14,10 +14,7 @@ from torch import Tensor
 from unrecurrent.digests import tensor_digest
 from unrecurrent.errors import InputError
 from unrecurrent.tasks.symbols import SymbolTask
-from unrecurrent.tasks.task import SPLITS, Example, Metric, Split
-
-if TYPE_CHECKING:
-    from unrecurrent.models import SequenceModel
+from unrecurrent.tasks.task import SPLITS, Example, Metric, Split, Write
 
 #: symbols that are no subwords; the first pads
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
@@ -88,7 +85,7 @@ class Translation(SymbolTask):
     @cached_property
     def tokenizer(self) -> Any:
         """What cuts text into subwords: learnt from the training pairs, the same each time."""
-        tokenizers = _package("tokenizers")
+        tokenizers = package("tokenizers")
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
         tokenizer.normalizer = tokenizers.normalizers.NFC()
         cuts = tokenizers.pre_tokenizers
@@ -124,22 +121,19 @@ class Translation(SymbolTask):
     def mask(self, example: Example) -> Tensor:
         return (example.inputs == BEGIN).cumsum(0) > 0
 
-    def translate(self, model: "SequenceModel", sentences: Sequence[str]) -> list[str]:
-        """Return the translations a trained model finds by beam search."""
+    def translate(self, write: Write, sentences: Sequence[str]) -> list[str]:
+        """Return the translations of sentences, as `write` writes them."""
         sources = [[*symbols, BEGIN] for symbols in self._symbols(sentences)]
-        return self._written(model, [torch.tensor(source) for source in sources])
+        return self._written(write, [torch.tensor(source) for source in sources])
 
-    def judge_written(self, model: "SequenceModel", examples: Sequence[Example]) -> float:
-        """Return the BLEU of what beam search writes for the pairs of a split."""
+    def judge_written(self, write: Write, examples: Sequence[Example]) -> float:
+        """Return the BLEU of what is written for the pairs of a split."""
         if not isinstance(examples, Pairs):
             raise TypeError("a translation is judged on what `load` returns, which keeps the text")
         prompts = [inputs[: int((inputs == BEGIN).nonzero()[0]) + 1] for inputs, _ in examples]
-        return bleu(self._written(model, prompts), examples.references)
+        return bleu(self._written(write, prompts), examples.references)
 
-    def _written(self, model: "SequenceModel", prompts: Sequence[Tensor]) -> list[str]:
-        from unrecurrent.beam_search import beam_search
-
-        model.eval()
+    def _written(self, write: Write, prompts: Sequence[Tensor]) -> list[str]:
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, prompt in enumerate(prompts):
             by_length[len(prompt)].append(i)
@@ -147,8 +141,8 @@ class Translation(SymbolTask):
         for length, indices in by_length.items():
             for start in range(0, len(indices), _BATCH):
                 some = indices[start : start + _BATCH]
-                batch = torch.stack([prompts[i] for i in some]).to(model.device)
-                found = beam_search(model, batch, END, most=2 * length + 10, forbidden=(0, BEGIN))
+                batch = torch.stack([prompts[i] for i in some])
+                found = write(batch, end=END, most=2 * length + 10, forbidden=(0, BEGIN))
                 for i, text in zip(some, self.tokenizer.decode_batch(found), strict=True):
                     texts[i] = text
         return texts
@@ -160,10 +154,10 @@ def bleu(written: Sequence[str], references: Sequence[str]) -> float:
     >>> bleu(["a man is asleep on a couch ."], ["a man is asleep on a couch ."])
     100.0
     """
-    return round(float(_package("sacrebleu").corpus_bleu(list(written), [list(references)]).score), 4)
+    return round(float(package("sacrebleu").corpus_bleu(list(written), [list(references)]).score), 4)
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
     """Return a package that only translation needs."""
     try:
         return __import__(name)
