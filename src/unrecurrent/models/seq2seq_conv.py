@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unrecurrent.models.causal_conv import CausalConv1d
+from unrecurrent.models.causal_conv import CausalConv1d, empty_queues
 from unrecurrent.models.seq2seq import CrossAttention, Seq2Seq
 from unrecurrent.models.sequence_model import Cache, Interface
 
@@ -85,9 +85,6 @@ class Seq2SeqConv(Seq2Seq):
         self.writers = nn.ModuleList(Writer(hidden_size, kernel_size, heads, head_size, dropout) for _ in range(layers))
         self.norm, self.dropout = nn.LayerNorm(hidden_size), nn.Dropout(dropout)
 
-    def attentions(self) -> list[CrossAttention]:
-        return [part for part in self.modules() if isinstance(part, CrossAttention)]
-
     def encode(self, encoded: Tensor, present: Tensor) -> Tensor:
         x = self.read_widen(self.read_positions(encoded))
         for reader in self.readers:
@@ -96,7 +93,7 @@ class Seq2SeqConv(Seq2Seq):
 
     def begin(self, batch: int) -> Cache:
         written = torch.zeros(batch, 0, device=self.device)  # its width is the number of symbols written
-        return (written, *(part.queue(batch) for part in self.writers.modules() if isinstance(part, CausalConv1d)))
+        return (written, *empty_queues(self.writers, batch))
 
     def decode(self, encoded: Tensor, sources: list[Cache], present: Tensor, state: Cache) -> tuple[Tensor, Cache]:
         start, queues = state[0].shape[1], []

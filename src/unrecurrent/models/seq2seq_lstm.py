@@ -51,9 +51,6 @@ class Seq2SeqLSTM(Seq2Seq):
     def _layer(self, inputs: int, hidden: int) -> nn.Module:
         return self.layer_class(inputs, hidden, batch_first=True, **self.layer_options())
 
-    def attentions(self) -> list[CrossAttention]:
-        return [self.attention]
-
     def encode(self, encoded: Tensor, present: Tensor) -> Tensor:
         forth, back = self.readers
         turned = _turned(encoded, present)

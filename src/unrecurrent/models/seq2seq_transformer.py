@@ -10,7 +10,7 @@ from unrecurrent.errors import InputError
 from unrecurrent.models.seq2seq import CrossAttention, Seq2Seq
 from unrecurrent.models.seq2seq_conv import Positions
 from unrecurrent.models.sequence_model import Cache, Interface
-from unrecurrent.models.transformer import Attention, Block, rotations
+from unrecurrent.models.transformer import Attention, Block, empty_attentions, rotations
 
 
 class WritingBlock(nn.Module):
@@ -61,16 +61,12 @@ class Seq2SeqTransformer(Seq2Seq):
         self.writers = nn.ModuleList(WritingBlock(hidden_size, heads, head_size, dropout) for _ in range(layers))
         self.norm, self.dropout = nn.LayerNorm(hidden_size), nn.Dropout(dropout)
 
-    def attentions(self) -> list[CrossAttention]:
-        return [part for part in self.modules() if isinstance(part, CrossAttention)]
-
     def encode(self, encoded: Tensor, present: Tensor) -> Tensor:
         x = self.read_widen(self.positions(encoded))
         return self.read_narrow(self.reader(x, src_key_padding_mask=~present))
 
     def begin(self, batch: int) -> Cache:
-        layers = [part for part in self.modules() if isinstance(part, Attention)]
-        return tuple(part for layer in layers for part in 2 * [layer.empty(batch)])
+        return empty_attentions(self, batch)
 
     def decode(self, encoded: Tensor, sources: list[Cache], present: Tensor, state: Cache) -> tuple[Tensor, Cache]:
         x = self.write_widen(encoded)

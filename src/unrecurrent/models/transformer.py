@@ -92,6 +92,12 @@ class Attention(nn.Module):
         return self.outward(mixed.transpose(1, 2).flatten(2)), kept
 
 
+def empty_attentions(model: nn.Module, batch: int) -> Cache:
+    """Return keys and values of each self-attention of a model that has read nothing, in the order they were made."""
+    layers = [part for part in model.modules() if isinstance(part, Attention)]
+    return tuple(part for layer in layers for part in 2 * [layer.empty(batch)])
+
+
 class Block(nn.Module):
     """`x ← x + attention(norm(x))`, then `x ← x + W₂ gelu(W₁ norm(x))` (Xiong et al. 2020, arXiv:2002.04745)."""
 
@@ -149,8 +155,7 @@ class Transformer(SequenceModel):
         self.receptive_field = None if window is None else 1 + layers * (window - 1)
 
     def init_cache(self, batch: int) -> Cache:
-        layers = [part for part in self.modules() if isinstance(part, Attention)]
-        return tuple(part for layer in layers for part in 2 * [layer.empty(batch)])
+        return empty_attentions(self, batch)
 
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         x = self.widen(encoded)
