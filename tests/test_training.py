@@ -14,7 +14,7 @@ import torch
 
 from unrecurrent import files
 from unrecurrent.batches import length_groups, stream_batches
-from unrecurrent.checkpoint import load_model, load_tensors, save_tensors
+from unrecurrent.checkpoint import TRAINING, load_model, load_tensors, save_tensors
 from unrecurrent.errors import InputError
 from unrecurrent.training import TrainingConfig, TrainingRun, evaluate
 
@@ -151,6 +151,17 @@ def test_folder_of_another_run_is_refused(tmp_path, tiny_music):
     finished_run(tiny_music, tmp_path)
     with pytest.raises(InputError, match="holds a run with other settings"):
         TrainingRun(tiny_music, "rnn", {"hidden_size": 5}, QUICK, tmp_path).run()
+
+
+def test_a_run_begun_before_a_setting_existed_goes_on(tmp_path, tiny_music):
+    finished_run(tiny_music, tmp_path)
+    tensors, about = load_tensors(tmp_path / TRAINING)
+    del about["interface"]["separator"], about["training"]["softmax"]
+    save_tensors(tmp_path / TRAINING, tensors, about)
+    finished_run(tiny_music, tmp_path)
+    save_tensors(tmp_path / TRAINING, tensors, {**about, "training": {**about["training"], "softmax": "bfloat16"}})
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        finished_run(tiny_music, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "garbage"])

@@ -435,7 +435,7 @@ class TrainingRun:
         assert self.folder is not None
         tensors, about = load_tensors(self.folder / TRAINING)
         progress = about.pop("progress")
-        if about != json.loads(json.dumps(self.about)):
+        if _with_defaults(about) != _with_defaults(json.loads(json.dumps(self.about))):
             raise InputError(f"{self.folder} holds a run with other settings: name another folder, or delete it")
         self.progress = Progress(**progress)
         self.model.load_state_dict(_below("model.", tensors))
@@ -499,6 +499,12 @@ def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.opti
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _with_defaults(about: dict[str, Any]) -> dict[str, Any]:
+    """What a run is about, with the fields that came to be after it was begun: those do what was done before."""
+    interface = {**Interface._field_defaults, **about["interface"]}
+    return {**about, "interface": interface, "training": {**asdict(TrainingConfig()), **about["training"]}}
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
