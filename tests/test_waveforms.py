@@ -11,7 +11,6 @@ from unrecurrent.errors import InputError
 from unrecurrent.models import Interface, build_model
 from unrecurrent.sampling import sample_levels, sample_wav
 from unrecurrent.tasks import SPLITS, get_task
-from unrecurrent.tasks.digits import Digits
 from unrecurrent.tasks.waveforms import LOUDEST, decode, encode, read_wav, write_wav
 
 
@@ -23,10 +22,12 @@ def test_digits_have_the_published_counts(data_dir):
     loaded = {split: task.load(split) for split in SPLITS}
     assert [len(loaded[split]) for split in SPLITS] == [400, 50, 50]
     # takes 0 to 4 of each digit, one digit after another, are the official test set
-    assert [int(e.inputs[0]) - 256 for e in loaded["test"]] == [digit for digit in range(10) for _ in range(5)]
+    assert [int(e.inputs[0, 1:].argmax()) for e in loaded["test"]] == [digit for digit in range(10) for _ in range(5)]
     first = read_wav(data_dir / "digits" / "0_jackson_0.wav")
     assert torch.equal(loaded["test"][0].targets, torch.from_numpy(first))
-    assert torch.equal(loaded["test"][0].inputs[1:], loaded["test"][0].targets[:-1])
+    inputs = loaded["test"][0].inputs
+    assert torch.equal(((inputs[1:, 0] + 1) / 2 * 255).round().long(), loaded["test"][0].targets[:-1])
+    assert torch.equal(inputs[:, 1:], torch.eye(10)[:1].expand(len(inputs), -1))  # a zero, said at every step
 
 
 def test_speech_has_the_published_counts(data_dir):
@@ -109,13 +110,13 @@ def test_bits_of_a_guess_are_eight():
 
 
 def test_a_trained_model_speaks(tmp_path):
-    model = build_model("gru", Interface(266, None, 256), {"hidden_size": 8})
-    first, again, other = (sample_levels(model, 50, start=Digits.start(7), seed=seed) for seed in (1, 1, 2))
+    model = build_model("gru", Interface(None, 11, 256), {"hidden_size": 8})
+    first, again, other = (sample_levels(model, 50, digit=7, seed=seed) for seed in (1, 1, 2))
     assert first.tolist() == again.tolist() != other.tolist()
     with torch.no_grad():
         model.readout.bias[77] = 1e3
-    assert set(sample_levels(model, 9).tolist()) == {77}
-    sample_wav(model, tmp_path / "seven.wav", seconds=0.25, start=Digits.start(7))
+    assert set(sample_levels(model, 9, digit=0).tolist()) == {77}
+    sample_wav(model, tmp_path / "seven.wav", seconds=0.25, digit=7)
     assert read_wav(tmp_path / "seven.wav").tolist() == [77] * 2_000
 
 
@@ -124,10 +125,15 @@ def test_what_cannot_be_sampled_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="only a model trained on waveforms"):
         sample_levels(music, 5)
     sound = build_model("gru", Interface(256, None, 256), {"hidden_size": 4})
-    for settings in ({"start": 256}, {"steps": 0}, {"temperature": 0.0}):
-        with pytest.raises(InputError, match="start must be one of the model's 256 symbols"):
+    for settings in ({"steps": 0}, {"temperature": 0.0}):
+        with pytest.raises(InputError, match="steps must be at least 1 and temperature above 0"):
             sample_levels(sound, **{"steps": 5, **settings})
+    with pytest.raises(InputError, match="knows no digits"):
+        sample_levels(sound, 5, digit=3)
+    digits = build_model("gru", Interface(None, 11, 256), {"hidden_size": 4})
+    with pytest.raises(InputError, match="such as digit=7"):
+        sample_levels(digits, 5)
     with pytest.raises(InputError, match="no digit"):
-        Digits.start(10)
+        sample_levels(digits, 5, digit=10)
     with pytest.raises(InputError, match="cannot write"):
         sample_wav(sound, tmp_path / "no" / "folder.wav", seconds=0.001)

@@ -207,15 +207,16 @@ class Attempt:
         size = torch.cat([_far(self._split(self.h0), self._split(first)), _far(self.starts, others)])
         worst, regrown = torch.zeros_like(size), torch.zeros_like(size)
         died = torch.zeros_like(size, dtype=torch.bool)
-        state = others
-        for row, change, state in self._kicked_run(first, others):
+        ends = others
+        for row, change, ends_of_block in self._kicked_run(first, others):
             gone = (change < size[row:, None] / DIED_AWAY).cummax(1).values | died[row:, None]
             worst[row:] = torch.maximum(worst[row:], change.amax(1))
             regrown[row:] = torch.maximum(regrown[row:], (change * gone).amax(1))
             died[row:] = gone[:, -1]
+            ends = ends_of_block
         if not regrown.max().item() * ROUNDING_A_STEP / KICK <= tol:
             self._check_rounding(tol)
-        apart = _far(state, self.ends)
+        apart = _far(ends, self.ends)
         return Gain((torch.maximum(worst, apart) / size)[1:], (apart / size)[1:], self.plan.length)
 
     def _check_rounding(self, tol: float) -> None:

@@ -7,41 +7,46 @@ import torch
 
 from unrecurrent.errors import InputError
 from unrecurrent.models import SequenceModel
-from unrecurrent.tasks.waveforms import LEVELS, RATE, encode, write_wav
-
-#: a stream of recordings begins in silence
-SILENCE = int(encode(np.zeros(1))[0])
+from unrecurrent.tasks.digits import Digits
+from unrecurrent.tasks.waveforms import LEVELS, RATE, SILENCE, write_wav
 
 
 @torch.no_grad()
 def sample_levels(
-    model: SequenceModel, steps: int, *, start: int = SILENCE, temperature: float = 1.0, seed: int = 0
+    model: SequenceModel, steps: int, *, digit: int | None = None, temperature: float = 1.0, seed: int = 0
 ) -> np.ndarray:
     """Return `steps` μ-law levels, int64, drawn one after another, each from the prediction after those before.
 
-    `start` is the first symbol read: for `digits` that of the digit (`Digits.start(7)`). Logits are divided by
-    `temperature` before they are drawn from.
+    The recording begins in silence. `digit` is what a model trained on `digits` is to say; one trained on `speech` is
+    told nothing. Logits are divided by `temperature` before they are drawn from.
 
     Raises:
-        InputError: a model that does not predict levels, or a setting out of range.
+        InputError: a model that does not predict levels, a digit to a model that takes none or the other way round, or
+            a setting out of range.
     """
-    vocabulary, outputs = model.interface.vocabulary, model.interface.outputs
-    if vocabulary is None or outputs != LEVELS:
-        raise InputError("only a model trained on waveforms can be sampled from: train it on digits or speech")
-    if not (0 <= start < vocabulary and steps >= 1 and temperature > 0):
-        raise InputError(
-            f"start must be one of the model's {vocabulary} symbols, steps at least 1 and temperature above 0,"
-            f" not {start}, {steps} and {temperature}"
-        )
+    _check(model, digit)
+    if not (steps >= 1 and temperature > 0):
+        raise InputError(f"steps must be at least 1 and temperature above 0, not {steps} and {temperature}")
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    cache, symbol, drawn = model.init_cache(1), torch.tensor([start]), []
+    cache, level, drawn = model.init_cache(1), torch.tensor([SILENCE]), []
     for _ in range(steps):
-        logits, cache = model.step(symbol.to(model.device), cache)
+        heard = level if digit is None else Digits.inputs(digit, level)
+        logits, cache = model.step(heard.to(model.device), cache)
         chances = (logits[0].double().cpu() / temperature).softmax(-1)
-        symbol = torch.multinomial(chances, 1, generator=generator)
-        drawn.append(int(symbol))
+        level = torch.multinomial(chances, 1, generator=generator)
+        drawn.append(int(level))
     return np.array(drawn, np.int64)
+
+
+def _check(model: SequenceModel, digit: int | None) -> None:
+    vocabulary, features, outputs, _ = model.interface
+    if outputs != LEVELS or (vocabulary, features) not in ((LEVELS, None), (None, Digits.features)):
+        raise InputError("only a model trained on waveforms can be sampled from: train it on digits or speech")
+    if features is not None and digit is None:
+        raise InputError("this model was trained on digits: say which one it is to speak, such as digit=7")
+    if features is None and digit is not None:
+        raise InputError("this model was trained on speech and knows no digits: leave digit out")
 
 
 def sample_wav(
@@ -49,14 +54,14 @@ def sample_wav(
     path: str | Path,
     *,
     seconds: float = 0.5,
-    start: int = SILENCE,
+    digit: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> None:
     """Write a recording drawn from a trained model as a wav file to listen to; arguments as for `sample_levels`.
 
     With a model trained on `digits`, loaded by `unrecurrent.checkpoint.load_model`, a seven:
-    `sample_wav(model, "seven.wav", start=Digits.start(7))`.
+    `sample_wav(model, "seven.wav", digit=7)`.
     """
-    levels = sample_levels(model, round(seconds * RATE), start=start, temperature=temperature, seed=seed)
+    levels = sample_levels(model, round(seconds * RATE), digit=digit, temperature=temperature, seed=seed)
     write_wav(Path(path), levels)

@@ -49,6 +49,7 @@ class Seq2SeqTransformer(Seq2Seq):
             raise InputError(f"head_size must be even, since positions rotate pairs of numbers, not {head_size}")
         super().__init__(interface, embedding_size, hidden_size, input_dropout, tied)
         self.head_size = head_size
+        self.scale = embedding_size**0.5  # as in the paper (3.4): what a word is must weigh more than where it stands
         self.positions = Positions(embedding_size)
         # The width of torch's encoder is a multiple of its heads, as that of its attention is one of theirs.
         inner = heads * head_size
@@ -62,14 +63,14 @@ class Seq2SeqTransformer(Seq2Seq):
         self.norm, self.dropout = nn.LayerNorm(hidden_size), nn.Dropout(dropout)
 
     def encode(self, encoded: Tensor, present: Tensor) -> Tensor:
-        x = self.read_widen(self.positions(encoded))
+        x = self.read_widen(self.positions(self.scale * encoded))
         return self.read_narrow(self.reader(x, src_key_padding_mask=~present))
 
     def begin(self, batch: int) -> Cache:
         return empty_attentions(self, batch)
 
     def decode(self, encoded: Tensor, sources: list[Cache], present: Tensor, state: Cache) -> tuple[Tensor, Cache]:
-        x = self.write_widen(encoded)
+        x = self.write_widen(self.scale * encoded)
         rotation = rotations(state[0].shape[-2] + x.shape[1], self.head_size, x)
         after: list[Tensor] = []
         for i, (writer, source) in enumerate(zip(self.writers, sources, strict=True)):

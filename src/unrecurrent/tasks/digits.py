@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unrecurrent.errors import InputError
 from unrecurrent.tasks.task import Example, Source, Split, data_folder, missing
-from unrecurrent.tasks.waveforms import LEVELS, WaveformTask, read_wav
+from unrecurrent.tasks.waveforms import LEVELS, SILENCE, WaveformTask, read_wav
 
 DIGITS = 10
 #: the first take of each split and the first one after it; 0 to 4 are the official test set
@@ -18,13 +19,13 @@ _TAKES: dict[Split, range] = {"test": range(0, 5), "valid": range(5, 10), "train
 class Digits(WaveformTask):
     """The ten digits spoken by jackson, takes 10–49 / 5–9 / 0–4: 400 / 50 / 50 recordings of half a second.
 
-    A recording `s_1 … s_N` is read after a start symbol, `256 + digit`, which says what is spoken: inputs
-    `256 + digit, s_1 … s_{N−1}`, targets `s_1 … s_N`. A model that sees a limited past sees the start symbol no longer
-    than that.
+    A recording `s_1 … s_N` is predicted from inputs `(N, 11)` (`Digits.inputs`): the sample before, in [−1, 1] as μ-law
+    has it, then a one for the digit that is spoken among nine zeros. The digit is said at every step (the "global
+    conditioning" of WaveNet), since a model that sees a limited past would soon have forgotten a first symbol.
     """
 
     name = "digits"
-    vocabulary = LEVELS + DIGITS
+    vocabulary, features = None, 1 + DIGITS
     sources = (
         Source(
             "digits/*_jackson_*.wav",
@@ -50,12 +51,16 @@ class Digits(WaveformTask):
         return [self._example(digit, read_wav(path)) for digit, path in takes]
 
     @staticmethod
-    def start(digit: int) -> int:
-        """Return the symbol that asks for a digit."""
+    def inputs(digit: int, levels: Tensor) -> Tensor:
+        """Return what a model reads when `digit` is spoken and the samples heard have these μ-law levels, `(T, 11)`."""
         if digit not in range(DIGITS):
             raise InputError(f"{digit} is no digit from 0 to 9: name one")
-        return LEVELS + digit
+        inputs = torch.zeros(len(levels), 1 + DIGITS)
+        inputs[:, 0] = 2 * levels / (LEVELS - 1) - 1
+        inputs[:, 1 + digit] = 1
+        return inputs
 
     def _example(self, digit: int, levels: np.ndarray) -> Example:
-        symbols = torch.from_numpy(np.concatenate([[self.start(digit)], levels]))
-        return Example(symbols[:-1], symbols[1:])
+        targets = torch.from_numpy(levels)
+        before = torch.cat([torch.tensor([SILENCE]), targets[:-1]])
+        return Example(self.inputs(digit, before), targets)

@@ -24,7 +24,8 @@ class WaveformTask(SymbolTask):
     """
 
     metric = Metric("bits_per_sample", "lower", "bits a sample", scale=1 / math.log(2))
-    vocabulary = outputs = LEVELS
+    vocabulary: int | None = LEVELS
+    outputs = LEVELS
     step_noun = "sample"
 
 
@@ -36,6 +37,10 @@ def encode(samples: np.ndarray) -> np.ndarray:
     """
     folded = np.sign(samples) * np.log1p(MU * np.abs(samples)) / math.log1p(MU)
     return ((folded + 1) / 2 * MU + 0.5).astype(np.int64)
+
+
+#: the level of silence, in which a recording begins
+SILENCE = int(encode(np.zeros(1))[0])
 
 
 def decode(levels: np.ndarray) -> np.ndarray:
