@@ -9,7 +9,7 @@ import torch
 from unrecurrent import data
 from unrecurrent.errors import InputError
 from unrecurrent.models import Interface, build_model
-from unrecurrent.sampling import sample_levels, sample_wav
+from unrecurrent.sampling import sample_levels, sample_many, sample_wav
 from unrecurrent.tasks import SPLITS, get_task
 from unrecurrent.tasks.waveforms import LOUDEST, decode, encode, read_wav, write_wav
 
@@ -113,6 +113,9 @@ def test_a_trained_model_speaks(tmp_path):
     model = build_model("gru", Interface(None, 11, 256), {"hidden_size": 8})
     first, again, other = (sample_levels(model, 50, digit=7, seed=seed) for seed in (1, 1, 2))
     assert first.tolist() == again.tolist() != other.tolist()
+    both = sample_many(model, 50, [7, 3], seed=1)
+    assert both.shape == (2, 50)
+    assert both[0].tolist() != both[1].tolist()
     with torch.no_grad():
         model.readout.bias[77] = 1e3
     assert set(sample_levels(model, 9, digit=0).tolist()) == {77}

@@ -1,9 +1,11 @@
 """New recordings from a model that was trained on waveforms."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unrecurrent.errors import InputError
 from unrecurrent.models import SequenceModel
@@ -11,7 +13,6 @@ from unrecurrent.tasks.digits import Digits
 from unrecurrent.tasks.waveforms import LEVELS, RATE, SILENCE, write_wav
 
 
-@torch.no_grad()
 def sample_levels(
     model: SequenceModel, steps: int, *, digit: int | None = None, temperature: float = 1.0, seed: int = 0
 ) -> np.ndarray:
@@ -24,19 +25,32 @@ def sample_levels(
         InputError: a model that does not predict levels, a digit to a model that takes none or the other way round, or
             a setting out of range.
     """
-    _check(model, digit)
+    return sample_many(model, steps, [digit], temperature=temperature, seed=seed)[0]
+
+
+@torch.no_grad()
+def sample_many(
+    model: SequenceModel, steps: int, digits: Sequence[int | None], *, temperature: float = 1.0, seed: int = 0
+) -> np.ndarray:
+    """Return a recording for each entry of `digits`, `(len(digits), steps)`, all drawn side by side."""
+    for digit in digits:
+        _check(model, digit)
     if not (steps >= 1 and temperature > 0):
         raise InputError(f"steps must be at least 1 and temperature above 0, not {steps} and {temperature}")
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    cache, level, drawn = model.init_cache(1), torch.tensor([SILENCE]), []
+    cache, levels, drawn = model.init_cache(len(digits)), torch.full((len(digits),), SILENCE), []
     for _ in range(steps):
-        heard = level if digit is None else Digits.inputs(digit, level)
-        logits, cache = model.step(heard.to(model.device), cache)
-        chances = (logits[0].double().cpu() / temperature).softmax(-1)
-        level = torch.multinomial(chances, 1, generator=generator)
-        drawn.append(int(level))
-    return np.array(drawn, np.int64)
+        logits, cache = model.step(_heard(digits, levels).to(model.device), cache)
+        chances = (logits.double().cpu() / temperature).softmax(-1)
+        levels = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        drawn.append(levels)
+    return torch.stack(drawn, 1).numpy()
+
+
+def _heard(digits: Sequence[int | None], levels: Tensor) -> Tensor:
+    told = [Digits.inputs(digit, level[None]) for digit, level in zip(digits, levels, strict=True) if digit is not None]
+    return torch.cat(told) if told else levels
 
 
 def _check(model: SequenceModel, digit: int | None) -> None:
