@@ -31,20 +31,29 @@ OUTPUT = Path(__file__).resolve().parent.parent / "results" / "certificates.json
 EPS = 1e-2
 
 
-def trained(runs: Path, task: Task) -> dict[str, list[RecurrentModel]]:
-    """Return the recurrent models of the comparison in `runs`, by name: those trained from every seed it used.
+def chosen_runs(runs: Path, task: Task) -> dict[str, list[Path]]:
+    """Return the folders of the comparison in `runs`, by model: those trained from every seed it used.
 
     Trials of the tuning were trained from seed 0 alone, so the settings of the other seeds say which were chosen.
     """
-    found: dict[str, dict[str, list[RecurrentModel]]] = {}
+    found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(runs.glob(f"*/{RESULT}")):
         job = json.loads((path.parent / "job.json").read_text(encoding="utf-8"))
-        if job["task"] == task.name and find_model_class(job["model"]).recurrent:
+        if job["task"] == task.name:
             chosen = json.dumps([job["settings"], {**job["training"], "seed": None}])
-            model, _ = load_model(path.parent)
-            assert isinstance(model, RecurrentModel)
-            found.setdefault(job["model"], {}).setdefault(chosen, []).append(model)
+            found.setdefault(job["model"], {}).setdefault(chosen, []).append(path.parent)
     return {name: max(groups.values(), key=len) for name, groups in found.items()}
+
+
+def trained(runs: Path, task: Task) -> dict[str, list[RecurrentModel]]:
+    """Return the recurrent models of the comparison in `runs`, by name."""
+    found: dict[str, list[RecurrentModel]] = {}
+    for name, folders in chosen_runs(runs, task).items():
+        for folder in folders if find_model_class(name).recurrent else []:
+            model, _ = load_model(folder)
+            assert isinstance(model, RecurrentModel)
+            found.setdefault(name, []).append(model)
+    return found
 
 
 def rows(name: str, models: list[RecurrentModel], task: Task) -> list[Record]:
