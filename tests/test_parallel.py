@@ -946,6 +946,26 @@ def test_a_subclass_with_a_forward_of_its_own_is_tried_first():
     assert_fell_back(Sum(3, 8), torch.rand(400, 1, 3), None, chunks=4, warmup=60)
 
 
+def test_a_compiled_model_runs_its_parallel_part_as_it_is():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrence = Parallel(nn.GRU(3, 8), chunks=4, warmup=60)
+            self.readout = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.readout(self.recurrence(x)[0].relu())
+
+    model = Model()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            x = torch.randn(400, 1, 3)
+            assert torch.equal(compiled(x), model(x))
+            assert model.recurrence.evidence.mode == "parallel"
+    torch._dynamo.reset()
+
+
 def test_a_blind_direction_of_change_does_not_hide_a_gain():
     """The outputs see the difference of two units, which some ± directions of change leave as it is."""
 

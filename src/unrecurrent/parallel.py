@@ -547,6 +547,7 @@ class Parallel(nn.Module):
         }
         self.evidence: Evidence | None = None
 
+    @torch.compiler.disable  # what it does depends on what it measures: torch.compile takes what stands around it
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         options = self.options
         certificate = options["certificate"]
