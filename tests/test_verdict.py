@@ -60,7 +60,10 @@ def test_models_that_learned_nothing_do_not_answer():
     assert verdict.answer == "cannot tell"
     assert "who reads nothing gets 0.1605" in verdict.text
     one_learned = [at_chance[0], model("tcn", False, [1e-4, 1.1e-4], reach=99)]
-    assert decide(one_learned, LOWER, "step", chance=0.1605).answer == "no"
+    verdict = decide(one_learned, LOWER, "step", chance=0.1605)
+    assert verdict.answer == "no"
+    assert "The lstm uses" not in verdict.text
+    assert "The lstm has not learned the task in this training (who reads nothing gets 0.1605)." in verdict.text
     guesses = [model("lstm", True, [11.3, 11.4]), model("tcn", False, [11.4, 11.3], reach=99)]
     assert decide(guesses, HIGHER, "pixel", chance=11.35).answer == "cannot tell"
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any, Literal
 
@@ -71,8 +71,24 @@ def decide(
         return Verdict("cannot tell", f"Cannot tell: no {missing} model was compared; add one to --models.")
     gap = _Gap.between(recurrent, forward, sign)
     figures = _figures(recurrent, forward, metric["unit"])
-    if chance is not None and all(sign * (chance - mean(c.test)) <= MARGIN * abs(chance) for c in (recurrent, forward)):
+    untaught = [c for c in (recurrent, forward) if _reads_nothing(c, sign, chance)]
+    if len(untaught) == 2:
         return Verdict("cannot tell", _untaught(figures, chance))
+    if recurrent in untaught:  # what it uses says nothing then
+        recurrent = replace(recurrent, measured=False)
+    verdict = _decided(recurrent, forward, gap, figures, step_noun)
+    for each in untaught:
+        nothing = f" The {each.name} has not learned the task in this training (who reads nothing gets {chance:.4g})."
+        verdict = replace(verdict, text=verdict.text + nothing)
+    return verdict
+
+
+def _reads_nothing(candidate: Candidate, sign: int, chance: float | None) -> bool:
+    """Whether a model is no better than the best answer that reads nothing, as far as the task knows that."""
+    return chance is not None and sign * (chance - mean(candidate.test)) <= MARGIN * abs(chance)
+
+
+def _decided(recurrent: Candidate, forward: Candidate, gap: "_Gap", figures: str, step_noun: str) -> Verdict:
     if gap.half_width is None:
         return Verdict("cannot tell", f"Cannot tell with {_seeds(recurrent, forward)}: {figures}.")
     if gap.relative + gap.half_width < MARGIN:
@@ -168,7 +184,7 @@ def _sentence(answer: str, text: str) -> str:
     return f"{answer} {text[0].upper()}{text[1:]}"
 
 
-def _untaught(figures: str, chance: float) -> str:
+def _untaught(figures: str, chance: float | None) -> str:
     return (
         f"Cannot tell: neither has learned the task ({figures}; who reads nothing gets {chance:.4g})."
         " Train longer, or with other settings."
