@@ -823,7 +823,8 @@ def test_unusable_out_is_one_sentence(out):
 
 
 @pytest.mark.parametrize("chunks", ["auto", 2, 3, 7, 16])  # of two or three, the stretch lies in the first
-def test_rounding_that_grows_in_a_rare_stretch_is_seen_on_all_outputs(chunks):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_rounding_that_grows_in_a_rare_stretch_is_seen_on_all_outputs(chunks, gradients):
     """The state forgets at once while the input saturates it; in one stretch of silence rounding grows to order 1."""
     torch.manual_seed(1)
     layer = nn.RNN(3, 32)
@@ -834,7 +835,7 @@ def test_rounding_that_grows_in_a_rare_stretch_is_seen_on_all_outputs(chunks):
     x = torch.randn(16_384, 1, 3) * 0.5
     x[..., 2] = 1 + 0.1 * torch.randn(16_384, 1)
     x[5000:5040, :, 2] = 0
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         y, _, evidence = run_parallel(layer, x, chunks=chunks, warmup=60, verify="outputs")
         assert evidence.mode == "sequential"
         assert torch.equal(y, layer(x)[0])

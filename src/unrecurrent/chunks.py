@@ -231,7 +231,7 @@ class Attempt:
         assert self.y is not None
         table = self.y.unflatten(0, (self.plan.chunks, self.plan.length))
         state: State = tuple(part.flatten(1, 2) for part in others)
-        for row, begin, end in self.plan.segments(self.block):
+        for row, begin, end in self.plan.segments(_BLOCK):  # also where gradients were wanted of the run itself
             if begin < self.plan.warmup:
                 continue
             state = self._join(state, row, begin, first)
