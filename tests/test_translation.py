@@ -1,16 +1,20 @@
 """Multi30k: the published counts, text that survives the vocabulary, BLEU, and damaged files."""
 
 import gzip
+import json
 
 import pytest
 import torch
 
+from command import run
 from unrecurrent.beam_search import translate
 from unrecurrent.errors import InputError
-from unrecurrent.models import build_model
+from unrecurrent.measuring import measure_checkpoint
+from unrecurrent.models import Interface, build_model
+from unrecurrent.speed import timers_of
 from unrecurrent.tasks import get_task
 from unrecurrent.tasks.translation import BEGIN, END, bleu
-from unrecurrent.training import TrainingConfig, TrainingRun, assess, task_interface
+from unrecurrent.training import TrainingConfig, TrainingRun, assess, scored_batches, task_interface
 
 GERMAN = ["Ein Hund läuft.", "Eine Katze schläft.", "Ein Mann läuft, schnell.", "Eine Frau schläft."]
 ENGLISH = ["A dog runs.", "A cat sleeps.", "A man runs, fast.", "A woman sleeps."]
@@ -70,6 +74,49 @@ def test_a_model_of_one_sequence_is_scored_on_the_same_steps(few):
     assert assess(model, task, task.load("test")).loss == pytest.approx(torch.tensor(float(task.vocabulary)).log())
 
 
+def test_a_checkpoint_is_certified_layer_by_layer_and_not_measured(few, tmp_path, capsys, monkeypatch):
+    task, folder = get_task("multi30k", data_dir=few), tmp_path / "run"
+    settings = {"hidden_size": 8, "embedding_size": 8, "rate": 0.9}
+    TrainingRun(task, "certified-seq2seq-lstm", settings, TrainingConfig(epochs=1, batch_size=8), folder).run()
+    code, out, _ = run(capsys, monkeypatch, "certify", folder, "--json")
+    assert code == 0
+    proofs = json.loads(out)
+    assert set(proofs) == {"reader", "reader backwards", "asker", "writer"}
+    assert all(proof["rate"] <= 0.9 + 1e-6 for proof in proofs.values())
+    with pytest.raises(InputError, match="two parts"):
+        measure_checkpoint(folder, data_dir=few)
+
+
+def test_control_symbols_in_a_text_are_text(few):
+    task = get_task("multi30k", data_dir=few)
+    model = build_model("seq2seq-conv", task_interface(task), {"hidden_size": 8, "embedding_size": 8}).eval()
+    assert len(translate(model, task, ["Ein <s> Hund", "Ein Hund <s>", "<pad> </s>"])) == 3
+    assert not {0, BEGIN, END} & set(task.tokenizer.encode("Ein <s> </s> <pad> Hund").ids)
+
+
+def test_a_model_of_other_symbols_does_not_translate(few):
+    task = get_task("multi30k", data_dir=few)
+    other = build_model("seq2seq-conv", Interface(9, None, 9, 2), {"hidden_size": 8, "embedding_size": 8})
+    with pytest.raises(InputError, match="other symbols"):
+        translate(other, task, ["Ein Hund"])
+    with pytest.raises(InputError, match="a list of sentences"):
+        translate(other, task, "Ein Hund")
+
+
+def test_generation_is_timed_behind_the_separator(few):
+    task = get_task("multi30k", data_dir=few)
+    model = build_model("seq2seq-conv", task_interface(task), {"hidden_size": 8, "embedding_size": 8})
+    batch = next(scored_batches(task, task.load("valid")))
+    read = []
+    step = type(model).step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "step", lambda self, x, cache: (read.append(int(x)), step(self, x, cache))[1])
+        timers_of(model, task, batch, batch, TrainingConfig(batch_size=2))[2]()
+    kept = batch.inputs[0][: int(batch.mask[0].nonzero()[-1]) + 1].tolist()
+    written = kept[kept.index(BEGIN) :]
+    assert read == (written * 32)[:32]
+
+
 def test_bleu_is_that_of_the_corpus():
     assert bleu(ENGLISH, ENGLISH) == pytest.approx(100)
     assert 0 < bleu(["A dog runs fast over grass."], ["A dog runs fast over snow."]) < 100
@@ -77,8 +124,12 @@ def test_bleu_is_that_of_the_corpus():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no gzip", "no gzip file"), (gzip.compress(b"one line\n"), "hold 1 German sentences but 4 English")],
-    ids=["damaged", "too short"],
+    [
+        (b"no gzip", "no gzip file"),
+        (gzip.compress(b"one line\n"), "hold 1 German sentences but 4 English"),
+        (gzip.compress(b""), "holds no sentence"),
+    ],
+    ids=["damaged", "too short", "empty"],
 )
 def test_other_files_get_one_sentence(few, content, message):
     (few / "multi30k" / "val.de.gz").write_bytes(content)
@@ -105,10 +156,14 @@ def test_wmt14_reads_the_parquet_files_of_the_hub(tmp_path):
         parquet.write_table(table, folder / f"{name}.parquet")
     task = get_task("wmt14", data_dir=tmp_path)
     assert [len(task.load(split)) for split in ("train", "valid", "test")] == [36, 1, 1]
-    assert task.load("test").references == (ENGLISH[3],)
+    assert task.load("test").references == [ENGLISH[3]]
+    assert not task.load("train").references
     (folder / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="no Parquet file of pairs"):
         list(task.sentences("test"))
     (folder / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(InputError, match="the test files of 'wmt14' are missing"):
+    with pytest.raises(InputError, match=r"test-00000-of-00001.parquet of 'wmt14' is missing"):
         list(task.sentences("test"))
+    (folder / "train-00001-of-00002.parquet").rename(folder / "train-00001-of-00003.parquet")
+    with pytest.raises(InputError, match=r"train-00001-of-00002.parquet of 'wmt14' is missing"):
+        list(task.sentences("train"))

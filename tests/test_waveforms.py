@@ -128,8 +128,8 @@ def test_what_cannot_be_sampled_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="only a model trained on waveforms"):
         sample_levels(music, 5)
     sound = build_model("gru", Interface(256, None, 256), {"hidden_size": 4})
-    for settings in ({"steps": 0}, {"temperature": 0.0}):
-        with pytest.raises(InputError, match="steps must be at least 1 and temperature above 0"):
+    for settings in ({"steps": 0}, {"steps": 2.5}, {"temperature": 0.0}):
+        with pytest.raises(InputError, match="steps must be a whole number of at least 1, temperature above 0"):
             sample_levels(sound, **{"steps": 5, **settings})
     with pytest.raises(InputError, match="knows no digits"):
         sample_levels(sound, 5, digit=3)
@@ -138,5 +138,12 @@ def test_what_cannot_be_sampled_is_one_sentence(tmp_path):
         sample_levels(digits, 5)
     with pytest.raises(InputError, match="no digit"):
         sample_levels(digits, 5, digit=10)
+    with pytest.raises(InputError, match="digits not empty"):
+        sample_many(digits, 5, [])
+    with pytest.raises(InputError, match="no digit"):
+        sample_levels(digits, 5, digit=True)
+    with pytest.raises(InputError, match="seconds must be"):
+        sample_wav(sound, tmp_path / "x.wav", seconds=float("nan"))
+    assert len(sample_levels(sound, 3, temperature=1e-310)) == 3
     with pytest.raises(InputError, match="cannot write"):
         sample_wav(sound, tmp_path / "no" / "folder.wav", seconds=0.001)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unrecurrent.errors import InputError, is_whole
 from unrecurrent.models import Cache, SequenceModel
+from unrecurrent.models.seq2seq import Seq2Seq
 from unrecurrent.tasks.translation import Translation
 
 #: hypotheses kept of each sequence
@@ -52,7 +54,14 @@ def beam_search(
 
     `beams` unfinished hypotheses of each prompt are kept from step to step; a prompt is done when as many have ended,
     or after `most` symbols. Symbols in `forbidden` are not written. With one beam it is greedy search.
+
+    Raises:
+        InputError: fewer than one beam, no prompt symbols, or a prompt without the separator a model needs.
     """
+    if not is_whole(beams) or beams < 1 or not prompts.shape[1]:
+        raise InputError(f"beams must be at least 1 and prompts not empty, not {beams!r} and {tuple(prompts.shape)}")
+    if isinstance(model, Seq2Seq) and not bool(prompts.eq(model.separator).any(1).all()):
+        raise InputError(f"each prompt must hold the separator, symbol {model.separator}, behind what is to be read")
     model.eval()
     prompts, count = prompts.to(model.device), len(prompts)
     hidden, cache = model.advance_hidden(prompts, model.init_cache(count))
@@ -83,7 +92,15 @@ def beam_search(
 
 
 def translate(model: SequenceModel, task: Translation, sentences: Sequence[str]) -> list[str]:
-    """Return the translations of sentences that beam search finds with a model trained on `task`."""
+    """Return the translations of sentences that beam search finds with a model trained on `task`.
+
+    Raises:
+        InputError: a model of another task's symbols, or one sentence in the place of a list of them.
+    """
+    if isinstance(sentences, str):
+        raise InputError("translate takes a list of sentences: put the sentence in one")
+    if not isinstance(task, Translation) or model.interface != (task.vocabulary, None, task.outputs, task.separator):
+        raise InputError(f"the model was trained on other symbols than those of {task.name!r}: give its own task")
     return task.translate(partial(beam_search, model), sentences)
 
 

@@ -256,6 +256,7 @@ def certify(
     from unrecurrent.certificate import checked_eps
     from unrecurrent.checkpoint import load_model
     from unrecurrent.models.recurrent import RecurrentModel
+    from unrecurrent.models.seq2seq_lstm import Seq2SeqLSTM
     from unrecurrent.tasks import get_task
 
     checked_eps(eps)
@@ -268,8 +269,13 @@ def certify(
         _show_certificates(proved, eps, as_json)
         return
     model, config = load_model(checkpoint)
+    if isinstance(model, Seq2SeqLSTM):
+        _show_certificates(model.layer_certificates(method=method), eps, as_json)
+        return
     if not isinstance(model, RecurrentModel):
         reach = f"an output depends on the last {model.receptive_field} inputs alone"
+        if model.receptive_field is None:
+            reach = "it looks back on the whole past another way"
         raise InputError(f"the model {config['model']!r} has no recurrent layer to certify: {reach}")
     inputs = None
     if data:

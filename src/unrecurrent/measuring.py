@@ -69,6 +69,11 @@ def measure_checkpoint(
             f"the model reads {model.interface.features} features a step, not text: give a task or an array"
         )
     task, examples = _task_data(name, config["task"], data_dir)
+    if task.separator is not None:
+        raise InputError(
+            f"an example of {name!r} has two parts, and its last inputs alone would leave out what is to be answered:"
+            " how much of them a model uses cannot be measured this way"
+        )
     _check_interface(examples, model, name)
     _check_targets(examples, model, name)
     return measure_on_task(model, task, examples, **settings)

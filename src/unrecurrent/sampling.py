@@ -1,5 +1,6 @@
 """New recordings from a model that was trained on waveforms."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, is_whole
 from unrecurrent.models import SequenceModel
 from unrecurrent.tasks.digits import Digits
 from unrecurrent.tasks.waveforms import LEVELS, RATE, SILENCE, write_wav
@@ -35,14 +36,18 @@ def sample_many(
     """Return a recording for each entry of `digits`, `(len(digits), steps)`, all drawn side by side."""
     for digit in digits:
         _check(model, digit)
-    if not (steps >= 1 and temperature > 0):
-        raise InputError(f"steps must be at least 1 and temperature above 0, not {steps} and {temperature}")
+    if not (is_whole(steps) and steps >= 1 and temperature > 0 and len(digits)):
+        raise InputError(
+            f"steps must be a whole number of at least 1, temperature above 0 and digits not empty, not {steps!r},"
+            f" {temperature!r} and {list(digits)}"
+        )
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     cache, levels, drawn = model.init_cache(len(digits)), torch.full((len(digits),), SILENCE), []
     for _ in range(steps):
         logits, cache = model.step(_heard(digits, levels).to(model.device), cache)
-        chances = (logits.double().cpu() / temperature).softmax(-1)
+        logits = logits.double().cpu()
+        chances = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
         levels = torch.multinomial(chances, 1, generator=generator)[:, 0]
         drawn.append(levels)
     return torch.stack(drawn, 1).numpy()
@@ -77,5 +82,8 @@ def sample_wav(
     With a model trained on `digits`, loaded by `unrecurrent.checkpoint.load_model`, a seven:
     `sample_wav(model, "seven.wav", digit=7)`.
     """
-    levels = sample_levels(model, round(seconds * RATE), digit=digit, temperature=temperature, seed=seed)
+    if not 0 < seconds < math.inf:
+        raise InputError(f"seconds must be above 0 and finite, not {seconds}")
+    steps = max(1, round(seconds * RATE))
+    levels = sample_levels(model, steps, digit=digit, temperature=temperature, seed=seed)
     write_wav(Path(path), levels)

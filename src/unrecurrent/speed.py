@@ -107,6 +107,8 @@ def timers_of(
 ) -> tuple[Callable[[], None], ...]:
     """Return what is timed: one training step, one scoring pass, a few steps of generation.
 
+    Where a task has two parts, what is written after the separator is generated; reading the first is not timed.
+
     A copy of the model is trained: a stable model that goes from training to evaluation makes its weights exact, which
     is no part of scoring.
     """
@@ -126,10 +128,17 @@ def timers_of(
     def score_pass() -> None:
         score_batch(scored, task, score, scored.init_cache(len(score.inputs)))
 
+    with torch.no_grad():
+        row, cut = score.inputs[:1], 0
+        if task.separator is not None and score.mask is not None:
+            cut, row = int((row[0] == task.separator).nonzero()[0]), row[:, : int(score.mask[0].nonzero()[-1]) + 1]
+        read = scored.advance(row[:, :cut], scored.init_cache(1))[1] if cut else scored.init_cache(1)
+    written = row[:, cut:]
+
     @torch.no_grad()
     def generate() -> None:
-        cache = scored.init_cache(1)
+        cache = read
         for t in range(GENERATED_STEPS):
-            _, cache = scored.step(score.inputs[:1, t % score.inputs.shape[1]], cache)
+            _, cache = scored.step(written[:, t % written.shape[1]], cache)
 
     return train_step, score_pass, generate

@@ -54,6 +54,7 @@ class MinGRU(SequenceModel):
     """A stack of minimal gated recurrent units with residual connections, trained and scored in parallel over time."""
 
     recurrent = True
+    cache_axis = 1
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ class NgramLSTM(SequenceModel):
     outputs are made at once, in k steps. There is no dropout between the layers, where windows would differ in it.
     """
 
+    cache_axis = 1
+
     def __init__(
         self,
         interface: Interface,

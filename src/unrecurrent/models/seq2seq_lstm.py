@@ -2,7 +2,8 @@
 
 After Sutskever, Vinyals and Le (2014, arXiv:1409.3215) and Bahdanau, Cho and Bengio (2015, arXiv:1409.0473). As in
 Wu et al. (2016, arXiv:1609.08144) the first layer of the decoder asks, and the second reads the answer: the recurrence
-does not run through the attention, so that a certificate of each layer is one of the whole.
+does not run through the attention: where each layer contracts, the whole forgets at the rate of the slowest. (How
+much a layer passes on to the next, through the attention, is not bounded: rates are proved, but no horizon.)
 """
 
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from unrecurrent.certificate import Certificate, certify
 from unrecurrent.models.bounded import BoundedInputs
 from unrecurrent.models.certified import RATE
 from unrecurrent.models.seq2seq import CrossAttention, Seq2Seq
@@ -50,6 +52,14 @@ class Seq2SeqLSTM(Seq2Seq):
 
     def _layer(self, inputs: int, hidden: int) -> nn.Module:
         return self.layer_class(inputs, hidden, batch_first=True, **self.layer_options())
+
+    def layer_certificates(self, method: str = "best") -> dict[str, Certificate]:
+        """Return what is proved of each layer, for all inputs it can have: those who read, who asks, and who writes."""
+        return {name: certify(layer, method=method) for name, layer in self._layers().items()}
+
+    def _layers(self) -> dict[str, nn.Module]:
+        forth, back = self.readers
+        return {"reader": forth, "reader backwards": back, "asker": self.asker, "writer": self.writer}
 
     def encode(self, encoded: Tensor, present: Tensor) -> Tensor:
         forth, back = self.readers
@@ -100,8 +110,12 @@ class StableSeq2SeqLSTM(BoundedInputs, Seq2SeqLSTM):
 
     def project(self) -> None:
         self.clip_embedding()
-        for layer in (*self.readers, self.asker, self.writer):
+        for layer in self._layers().values():
             stabilize(layer, method="miller-hardt", input_bound=self.input_bound)
+
+    def layer_certificates(self, method: str = "best") -> dict[str, Certificate]:
+        bound = self.input_bound
+        return {name: certify(each, input_bound=bound, method=method) for name, each in self._layers().items()}
 
 
 class _Clip:

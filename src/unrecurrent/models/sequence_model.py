@@ -32,6 +32,8 @@ class SequenceModel(nn.Module):
     """
 
     recurrent: ClassVar[bool] = False
+    #: the dimension of the parts of a cache along which the sequences of a batch lie
+    cache_axis: ClassVar[int] = 0
     receptive_field: int | None = None
 
     def __init__(
@@ -75,7 +77,7 @@ class SequenceModel(nn.Module):
 
     def select(self, cache: Cache, rows: Tensor) -> Cache:
         """Return the cache of the given sequences of the batch, in that order; a row may come more than once."""
-        return tuple(part.index_select(0, rows) for part in cache)
+        return tuple(part.index_select(self.cache_axis, rows) for part in cache)
 
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Read encoded inputs `(B, T, E)` from `cache`; return hidden features `(B, T, H)` and the next cache."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, is_whole
 from unrecurrent.tasks.task import Example, Source, Split, data_folder, missing
 from unrecurrent.tasks.waveforms import LEVELS, SILENCE, WaveformTask, read_wav
 
@@ -53,8 +53,8 @@ class Digits(WaveformTask):
     @staticmethod
     def inputs(digit: int, levels: Tensor) -> Tensor:
         """Return what a model reads when `digit` is spoken and the samples heard have these μ-law levels, `(T, 11)`."""
-        if digit not in range(DIGITS):
-            raise InputError(f"{digit} is no digit from 0 to 9: name one")
+        if not is_whole(digit) or digit not in range(DIGITS):
+            raise InputError(f"{digit!r} is no digit from 0 to 9: name one")
         inputs = torch.zeros(len(levels), 1 + DIGITS)
         inputs[:, 0] = 2 * levels / (LEVELS - 1) - 1
         inputs[:, 1 + digit] = 1

@@ -47,5 +47,7 @@ class Multi30k(Translation):
             text = gzip.decompress(path.read_bytes()).decode("utf-8")
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise InputError(f"{path} is no gzip file of UTF-8 text, or is cut short: get it again") from error
+        if not text.strip():
+            raise InputError(f"{path} holds no sentence: get it again")
         # Not splitlines: a sentence may hold a line separator of Unicode.
         return [line.strip() for line in text.rstrip("\n").split("\n")]

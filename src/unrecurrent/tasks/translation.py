@@ -2,8 +2,9 @@
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -19,17 +20,22 @@ from unrecurrent.tasks.task import SPLITS, Example, Metric, Split, Write
 #: symbols that are no subwords; the first pads
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 BEGIN, END = SPECIAL.index("<s>"), SPECIAL.index("</s>")
-#: sentences translated at a time
-_BATCH = 32
+#: sentences translated, and pairs encoded, at a time
+_BATCH, _BLOCK = 32, 10_000
 
 
 class Pairs(Sequence[Example]):
-    """Encoded pairs of sentences, kept as two flat arrays; `references` are the sentences to be written, as text."""
+    """Encoded pairs of sentences, kept as two flat arrays; `references` are the sentences to be written, as text.
 
-    def __init__(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], references: Sequence[str]):
-        rows = [[*source, BEGIN, *target, END] for source, target in zip(sources, targets, strict=True)]
-        self.ends = np.cumsum([len(row) for row in rows])
-        self.flat = np.fromiter((symbol for row in rows for symbol in row), np.int32, int(self.ends[-1]))
+    No references are kept of pairs to train on, which are many and never judged.
+    """
+
+    def __init__(self, blocks: Iterable[Sequence[Sequence[int]]], references: Sequence[str]):
+        parts, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        for rows in blocks:
+            lengths.append(np.array([len(row) for row in rows]))
+            parts.append(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths[-1].sum())))
+        self.flat, self.ends = np.concatenate(parts), np.concatenate(lengths).cumsum()
         self.references = references
 
     def __len__(self) -> int:
@@ -69,6 +75,7 @@ class Translation(SymbolTask):
     def __init__(self, data_dir: Path | None = None) -> None:
         """The files are looked for below `data_dir`, else in the user's data folder, when the task is first used."""
         self.data_dir = data_dir
+        self._loaded: dict[Split, Pairs] = {}
 
     @abstractmethod
     def sentences(self, split: Split) -> Iterator[tuple[str, str]]:
@@ -96,19 +103,31 @@ class Translation(SymbolTask):
         )
         texts = (text for pair in self.sentences("train") for text in pair)
         tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.encode_special_tokens = True  # "<s>" in a text is text
         return tokenizer
 
     def load(self, split: Split) -> Pairs:
         """Return the pairs of a split; raises `InputError` if a file is missing or holds something else."""
+        if split not in self._loaded:
+            self._loaded[split] = self._encoded(split)
         return self._loaded[split]
 
-    @cached_property
-    def _loaded(self) -> dict[Split, Pairs]:
-        return {split: self._encoded(list(self.sentences(split))) for split in SPLITS}
+    def _encoded(self, split: Split) -> Pairs:
+        references: list[str] = []
 
-    def _encoded(self, pairs: Sequence[tuple[str, str]]) -> Pairs:
-        sources, references = zip(*pairs, strict=True)
-        return Pairs(self._symbols(sources), self._symbols(references), references)
+        def blocks() -> Iterator[list[list[int]]]:
+            pairs = self.sentences(split)
+            while block := list(islice(pairs, _BLOCK)):
+                sources, targets = zip(*block, strict=True)
+                if split != "train":
+                    references.extend(targets)
+                encoded = zip(self._symbols(sources), self._symbols(targets), strict=True)
+                yield [[*source, BEGIN, *target, END] for source, target in encoded]
+
+        pairs = Pairs(blocks(), references)
+        if not len(pairs):
+            raise InputError(f"the {split} files of {self.name!r} hold no sentence: get them again")
+        return pairs
 
     def _symbols(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
@@ -128,8 +147,8 @@ class Translation(SymbolTask):
 
     def judge_written(self, write: Write, examples: Sequence[Example]) -> float:
         """Return the BLEU of what is written for the pairs of a split."""
-        if not isinstance(examples, Pairs):
-            raise TypeError("a translation is judged on what `load` returns, which keeps the text")
+        if not isinstance(examples, Pairs) or len(examples.references) != len(examples):
+            raise TypeError("a translation is judged on what `load` returns to validate and to test, with its text")
         prompts = [inputs[: int((inputs == BEGIN).nonzero()[0]) + 1] for inputs, _ in examples]
         return bleu(self._written(write, prompts), examples.references)
 
