@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unrecurrent.errors import InputError
 from unrecurrent.files import write_text
 
@@ -42,12 +44,12 @@ def provenance() -> dict[str, str]:
 
 @cache
 def machine() -> str:
-    """Return the number of cores and the processor's name."""
+    """Return the number of cores, the processor's name and the widest instructions torch uses on it."""
     names = [platform.processor() or platform.machine()]
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")] or names
-    return f"{os.cpu_count()} cores, {names[0]}"
+    return f"{os.cpu_count()} cores, {names[0]}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @cache
