@@ -73,12 +73,13 @@ class Evidence:
     def __str__(self) -> str:
         if self.mode == "sequential":
             return f"sequential: {self.fallback}"
+        faster = max(self.estimated_speedup, 1e-9)
         proved = "" if self.bound is None else f", every output within {self.bound:.1e} (proved)"
         gain = "" if self.gain is None else f", gain {self.gain:.2g} on {self.gain_chunks} chunks (measured)"
         return (
             f"parallel: {self.chunks} chunks after {self.warmup} steps of warm-up, mismatch {self.max_mismatch:.1e}"
             f"{gain}{proved}, sweeps {self.sweeps}, depth {self.sequential_depth} of {self.steps} steps, "
-            f"about {self.estimated_speedup:.1f} times faster"
+            f"about {max(faster, 1 / faster):.1f} times {'faster' if faster >= 1 else 'slower'}"
         )
 
 
