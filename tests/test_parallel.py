@@ -747,13 +747,15 @@ def rare_chaos(seed):
     return module
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("seed", [0, 2])
 @torch.no_grad()
-def test_rare_chaos_that_the_inputs_do_not_reach_is_seen(seed):
+def test_rare_chaos_that_the_inputs_do_not_reach_is_seen(seed, gradients):
     module, begin = rare_chaos(seed), 3_000 + 137 * seed
     x = 1 + 0.01 * torch.randn(8_192, 1, 1)
     x[begin : begin + 90] -= 1
-    y, state, evidence = run_parallel(module, x, chunks=16, warmup=32, verify="outputs")
+    with torch.set_grad_enabled(gradients):
+        y, state, evidence = run_parallel(module.requires_grad_(gradients), x, chunks=16, warmup=32, verify="outputs")
     assert evidence.mode == "sequential"
     assert_same((y, state), module(x), 0.0)
 
@@ -945,6 +947,28 @@ def test_a_subclass_with_a_forward_of_its_own_is_tried_first():
             return y.cumsum(0), state
 
     assert_fell_back(Sum(3, 8), torch.rand(400, 1, 3), None, chunks=4, warmup=60)
+
+
+def test_a_start_state_that_is_uncertain_and_matters_late_is_seen(monkeypatch):
+    """The last chunk of one span holds its state, and the outputs look at it early in the next."""
+
+    class Gated(nn.Module):
+        def forward(self, x, hx=None):
+            h = x.new_zeros(1, x.shape[1], 2) if hx is None else hx
+            outputs = []
+            for step in x:
+                h = step[:, 3:4] * h + step[:, :2]
+                outputs.append(step[:, 2:3] * (h[0, :, :1] - h[0, :, 1:]))
+            return torch.stack(outputs), h
+
+    monkeypatch.setattr("unrecurrent.parallel._SPAN_BYTES", 1)
+    x = torch.rand(4_096, 1, 4, dtype=torch.float64)
+    x[..., 1] *= 0.2
+    x[..., 2], x[..., 3] = 0, 0.9
+    x[1_800:2_048, :, 3], x[1_800:2_048, :, :2] = 1, 0
+    x[2_053, :, 2] = 1_000
+    y, _, evidence = run_parallel(Gated(), x.numpy(), chunks=8, warmup=80, tol=1e-2, verify="outputs")
+    assert float((torch.as_tensor(y) - Gated()(x)[0]).abs().max()) <= 1e-2, evidence
 
 
 def test_a_compiled_model_runs_its_parallel_part_as_it_is():

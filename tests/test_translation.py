@@ -83,6 +83,7 @@ def test_a_checkpoint_is_certified_layer_by_layer_and_not_measured(few, tmp_path
     proofs = json.loads(out)
     assert set(proofs) == {"reader", "reader backwards", "asker", "writer"}
     assert all(proof["rate"] <= 0.9 + 1e-6 for proof in proofs.values())
+    assert run(capsys, monkeypatch, "certify", folder, "--input-bound", "1")[0] == 2
     with pytest.raises(InputError, match="two parts"):
         measure_checkpoint(folder, data_dir=few)
 
@@ -107,14 +108,14 @@ def test_generation_is_timed_behind_the_separator(few):
     task = get_task("multi30k", data_dir=few)
     model = build_model("seq2seq-conv", task_interface(task), {"hidden_size": 8, "embedding_size": 8})
     batch = next(scored_batches(task, task.load("valid")))
-    read = []
-    step = type(model).step
+    timer = timers_of(model, task, batch, batch, TrainingConfig(batch_size=2))[2]
+    read, step = [], type(model).step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "step", lambda self, x, cache: (read.append(int(x)), step(self, x, cache))[1])
-        timers_of(model, task, batch, batch, TrainingConfig(batch_size=2))[2]()
-    kept = batch.inputs[0][: int(batch.mask[0].nonzero()[-1]) + 1].tolist()
-    written = kept[kept.index(BEGIN) :]
-    assert read == (written * 32)[:32]
+        patch.setattr(type(model), "encode", lambda *_: pytest.fail("the source was read while timed"))
+        timer()
+    row = batch.targets[0]
+    assert read == (row[batch.mask[0]].tolist() * 32)[:32]
 
 
 def test_bleu_is_that_of_the_corpus():

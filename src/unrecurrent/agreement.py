@@ -106,7 +106,7 @@ class Check:
         others = attempt.plan.chunks - 1
         with torch.no_grad():
             if self.options.verify == "outputs":
-                gain = attempt.gain_of_all(tol)
+                gain = attempt.gain_of_all(tol, exact=self.carry.mismatch == 0)
             else:
                 some = torch.linspace(1, others, min(others, _GAIN_CHUNKS), device=self.mismatch.device)
                 gain = attempt.gain_of_some(some.round().long(), tol)

@@ -195,12 +195,13 @@ class Attempt:
                 break
         return Gain(torch.maximum(worst, apart) / size, apart / size, steps)
 
-    def gain_of_all(self, tol: float) -> "Gain":
+    def gain_of_all(self, tol: float, exact: bool = True) -> "Gain":
         """The same for chunks 1, 2, … in one batch, each against the outputs it has already given, to its very end.
 
         The inputs move too, by `KICK` eps in every step, and so do the states after each block. A change of the start
         state that has died away says nothing of a stretch in which differences grow later on: there the rounding of
-        each step grows, and so do these. Chunk 0, whose start state is exact, runs along for the sake of its rounding.
+        each step grows, and so do these. Chunk 0 runs along for the sake of its rounding; where its start state is not
+        `exact`, what changes of it do is counted with all others.
         """
         push = max(tol, PUSH * torch.finfo(self.h0[0].dtype).eps)
         first, others = perturbed(self.h0, push), perturbed(self.starts, push)
@@ -217,7 +218,10 @@ class Attempt:
         if not regrown.max().item() * ROUNDING_A_STEP / KICK <= tol:
             self._check_rounding(tol)
         apart = _far(ends, self.ends)
-        return Gain((torch.maximum(worst, apart) / size)[1:], (apart / size)[1:], self.plan.length)
+        largest, left = torch.maximum(worst, apart) / size, apart / size
+        if not exact:
+            largest, left = largest.maximum(largest[0]), left.maximum(left[0])
+        return Gain(largest[1:], left[1:], self.plan.length)
 
     def _check_rounding(self, tol: float) -> None:
         """Give up where rounding alone grows too large: outputs blind to the state for a while look as if it died."""

@@ -270,7 +270,9 @@ def certify(
         return
     model, config = load_model(checkpoint)
     if isinstance(model, Seq2SeqLSTM):
-        _show_certificates(model.layer_certificates(method=method), eps, as_json)
+        if data or input_bound is not None:
+            raise InputError("what is proved of this model's layers holds for all they can read: leave the option out")
+        _show_certificates(model.layer_certificates(method=method), eps, as_json, whose="the layer's own inputs")
         return
     if not isinstance(model, RecurrentModel):
         reach = f"an output depends on the last {model.receptive_field} inputs alone"
@@ -284,7 +286,9 @@ def certify(
     _show_certificates({checkpoint.name: certificate}, eps, as_json)
 
 
-def _show_certificates(certificates: dict[str, "Certificate"], eps: float, as_json: bool) -> None:
+def _show_certificates(
+    certificates: dict[str, "Certificate"], eps: float, as_json: bool, whose: str = "inputs"
+) -> None:
     if as_json:
         shown = [{**c.to_dict(), "eps": eps, "horizon": c.horizon(eps)} for c in certificates.values()]
         _print_json(shown[0] if len(shown) == 1 else dict(zip(certificates, shown, strict=True)))
@@ -293,7 +297,7 @@ def _show_certificates(certificates: dict[str, "Certificate"], eps: float, as_js
         print(certificate if len(certificates) == 1 else f"{name}: {certificate}")
         horizon = certificate.horizon(eps)
         if horizon is not None:
-            print(f"Proved: inputs more than {horizon:,} steps back change the hidden state by at most {eps:g}.")
+            print(f"Proved: {whose} more than {horizon:,} steps back change the hidden state by at most {eps:g}.")
 
 
 @app.command(epilog="Example: unrecurrent lookback ETTh1.csv --target OT --horizon 24 --report lookback.html")

@@ -58,6 +58,11 @@ def measure_checkpoint(
     """
     model, config = load_model(folder)
     name = data or config["task"]
+    if model.interface.separator is not None:
+        raise InputError(
+            f"what this model of {config['task']!r} reads has two parts, and the last inputs alone would leave out what"
+            " is to be answered: how much of them it uses cannot be measured this way"
+        )
     if Path(name).suffix in ARRAYS and ":" not in name:
         inputs = _sequences(_scaled(load_arrays(Path(name)), config.get("scales")), model, name)
         targets = _outputs(model, inputs)
@@ -69,11 +74,6 @@ def measure_checkpoint(
             f"the model reads {model.interface.features} features a step, not text: give a task or an array"
         )
     task, examples = _task_data(name, config["task"], data_dir)
-    if task.separator is not None:
-        raise InputError(
-            f"an example of {name!r} has two parts, and its last inputs alone would leave out what is to be answered:"
-            " how much of them a model uses cannot be measured this way"
-        )
     _check_interface(examples, model, name)
     _check_targets(examples, model, name)
     return measure_on_task(model, task, examples, **settings)

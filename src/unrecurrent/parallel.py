@@ -547,7 +547,9 @@ class Parallel(nn.Module):
         }
         self.evidence: Evidence | None = None
 
-    @torch.compiler.disable  # what it does depends on what it measures: torch.compile takes what stands around it
+    # What it does depends on what it measures: torch.compile takes what stands around it. (The public name of this
+    # decorator, torch.compiler.disable, imports the whole compiler at once, for seconds.)
+    @torch._disable_dynamo
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         options = self.options
         certificate = options["certificate"]

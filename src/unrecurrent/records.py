@@ -69,6 +69,9 @@ def _git(*words: str) -> str:
     return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
+_commit()  # noted now: a long run may end after the next commit
+
+
 def command_line() -> str:
     """Return the command that started this process, as one would type it."""
     program = Path(sys.argv[0])

@@ -107,7 +107,7 @@ def timers_of(
 ) -> tuple[Callable[[], None], ...]:
     """Return what is timed: one training step, one scoring pass, a few steps of generation.
 
-    Where a task has two parts, what is written after the separator is generated; reading the first is not timed.
+    Where a task has two parts, what is written after the separator is generated; reading up to it is not timed.
 
     A copy of the model is trained: a stable model that goes from training to evaluation makes its weights exact, which
     is no part of scoring.
@@ -129,11 +129,11 @@ def timers_of(
         score_batch(scored, task, score, scored.init_cache(len(score.inputs)))
 
     with torch.no_grad():
-        row, cut = score.inputs[:1], 0
+        read, written = scored.init_cache(1), score.inputs[:1]
         if task.separator is not None and score.mask is not None:
-            cut, row = int((row[0] == task.separator).nonzero()[0]), row[:, : int(score.mask[0].nonzero()[-1]) + 1]
-        read = scored.advance(row[:, :cut], scored.init_cache(1))[1] if cut else scored.init_cache(1)
-    written = row[:, cut:]
+            counted = score.mask[0].nonzero().flatten()
+            read = scored.advance(written[:, : counted[0] + 1], read)[1]
+            written = score.targets[:1, counted]
 
     @torch.no_grad()
     def generate() -> None:
