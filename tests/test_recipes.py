@@ -49,3 +49,8 @@ def test_convolutions_see_the_whole_of_a_task_that_asks_at_its_end():
 def test_attention_on_a_stream_has_a_window_so_that_its_cost_is_bounded(tiny_stream):
     model = build_model("transformer", task_interface(tiny_stream), find_recipe(tiny_stream, "transformer").settings)
     assert model.receptive_field is not None
+
+
+def test_whole_passes_are_the_same_run_however_they_are_written():
+    given = [find_recipe(get_task("jsb"), "lstm", epochs).training.epochs for epochs in (6, 6.0, 0.5)]
+    assert [repr(epochs) for epochs in given] == ["6", "6", "0.5"]

@@ -73,7 +73,7 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Independent trainings of each model.")] = 3,
     parameters: Annotated[int | None, typer.Option(help="Trainable parameters of every model.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training data; 0.5 is half of one.")] = None,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -147,7 +147,7 @@ def train(
     model: Annotated[str, typer.Option(help="The model's name.")],
     out: Annotated[Path, typer.Option(help="The checkpoint's folder; run again to resume.")],
     parameters: Annotated[int | None, typer.Option(help="Trainable parameters.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training data; 0.5 is half of one.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences, or columns of a stream, a step.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after this many epochs without a better loss.")] = None,

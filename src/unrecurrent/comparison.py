@@ -157,7 +157,7 @@ def compare(
     *,
     seeds: int = 2,
     parameters: int | None = None,
-    epochs: int | None = None,
+    epochs: float | None = None,
     minutes: float | None = None,
     trials: int = 0,
     data_dir: str | Path | None = None,
@@ -179,7 +179,7 @@ def compare(
         models: names, each optionally with settings: `["lstm", "tcn:layers=3", "window:k=4"]`.
         seeds: independent trainings of each model.
         parameters: trainable parameters of every model.
-        epochs: passes over the training data (default: those of the recipe).
+        epochs: passes over the training data, 0.5 for half of one (default: those of the recipe).
         minutes: instead of `epochs`, how long one training of the slowest model may take: all models then make as many
             passes as that one does in this time, on one thread of this machine.
         trials: draws of the settings to tune over; 0 takes the recorded recipe.

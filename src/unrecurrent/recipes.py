@@ -4,6 +4,7 @@ The figures for music come from `compare jsb --trials`, the same draws for every
 A stable model is trained with the settings of its unconstrained twin, the protocol of Miller and Hardt (2019).
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 from unrecurrent.models import Settings
@@ -217,7 +218,10 @@ def find_recipe(task: Task, model: str, epochs: float | None = None) -> Recipe:
         recipe = replace(recipe, training=_passed(recipe.training, len(task.load("train"))))
     elif task.stream and not task.large_vocabulary and _named(task) not in _NAMED_RECIPES:
         recipe = replace(recipe, training=_sized(recipe.training, train_steps(task)))
-    return recipe if epochs is None else replace(recipe, training=replace(recipe.training, epochs=epochs))
+    if epochs is None:
+        return recipe
+    whole = int(epochs) if math.isfinite(epochs) and epochs == int(epochs) else epochs  # 6.0 is the same run as 6
+    return replace(recipe, training=replace(recipe.training, epochs=whole))
 
 
 def _recipes_of(task: Task) -> dict[str, Recipe]:

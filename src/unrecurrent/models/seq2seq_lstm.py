@@ -3,7 +3,7 @@
 After Sutskever, Vinyals and Le (2014, arXiv:1409.3215) and Bahdanau, Cho and Bengio (2015, arXiv:1409.0473). As in
 Wu et al. (2016, arXiv:1609.08144) the first layer of the decoder asks, and the second reads the answer: the recurrence
 does not run through the attention: where each layer contracts, what was written is forgotten at the rate of the
-slowest. (How much a layer passes on to the next is not bounded: each has a horizon over its own inputs, the whole none.)
+slowest. (How much a layer passes on to the next is not bounded: each has a horizon over its own inputs, all have none.)
 """
 
 from typing import Any, ClassVar
