@@ -45,6 +45,11 @@ def features(levels: np.ndarray) -> np.ndarray:
     return np.concatenate([np.interp(moments, np.arange(loudness.shape[1]), band) for band in loudness])
 
 
+def heard(recordings: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the features of recordings, one row each."""
+    return np.stack([features(levels) for levels in recordings])
+
+
 def takes(task: Digits, split: Split) -> tuple[list[np.ndarray], np.ndarray]:
     """Return the recordings of a split and the digit each says."""
     examples = task.load(split)
@@ -54,13 +59,12 @@ def takes(task: Digits, split: Split) -> tuple[list[np.ndarray], np.ndarray]:
 
 def classifier(recordings: Sequence[np.ndarray], spoken: np.ndarray) -> Pipeline:
     """Return a classifier trained on recordings."""
-    heard = np.stack([features(levels) for levels in recordings])
-    return make_pipeline(StandardScaler(), SVC(C=10)).fit(heard, spoken)
+    return make_pipeline(StandardScaler(), SVC(C=10)).fit(heard(recordings), spoken)
 
 
 def share_heard(listener: Pipeline, recordings: Sequence[np.ndarray], spoken: np.ndarray) -> float:
     """Return how many per cent of the recordings are heard as what they say."""
-    return 100 * float(listener.score(np.stack([features(levels) for levels in recordings]), spoken))
+    return 100 * float(listener.score(heard(recordings), spoken))
 
 
 def main() -> None:

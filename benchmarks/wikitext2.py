@@ -37,7 +37,7 @@ from unrecurrent.memory import MemoryProfile
 from unrecurrent.models import SequenceModel, build_model, parameter_count
 from unrecurrent.models.recurrent import RecurrentModel
 from unrecurrent.recipes import find_recipe
-from unrecurrent.records import Record, make_record, write_records
+from unrecurrent.records import Record, commit, make_record, write_records
 from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import Task, get_task
 from unrecurrent.training import make_optimizer, task_interface, training_batches, training_loss, word_sampler
@@ -291,6 +291,7 @@ def training_speed(task: Task) -> list[Record]:
 
 
 def main() -> None:
+    commit()  # that of the records, noted as the run begins
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("train", "speed", "training-speed", "list"))
     parser.add_argument("rows", nargs="*", metavar="ROW")

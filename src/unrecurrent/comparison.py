@@ -22,7 +22,7 @@ from unrecurrent.memory import MemoryProfile
 from unrecurrent.models import SequenceModel, Settings, build_model, find_model_class, match_parameters
 from unrecurrent.models.recurrent import RecurrentModel
 from unrecurrent.recipes import Recipe, default_models, default_parameters, find_recipe, twin
-from unrecurrent.records import Record, make_record
+from unrecurrent.records import Record, commit, make_record
 from unrecurrent.search import draw_recipes
 from unrecurrent.speed import Speed, epochs_within, measure_speed
 from unrecurrent.task_memory import measure_on_task, memory_data
@@ -197,6 +197,7 @@ def compare(
     ...
     unrecurrent.errors.InputError: unknown model 'lstn': did you mean 'lstm'? ...
     """
+    commit()  # that of the records, noted as the run begins
     for label, value, least in (("seeds", seeds, 1), ("trials", trials, 0), ("positions", positions, 1)):
         if value < least:
             raise InputError(f"{label} must be at least {least}, not {value}")

@@ -39,7 +39,7 @@ def make_record(*, command: str, **measured: Any) -> Record:
 def provenance() -> dict[str, str]:
     """Return the commit, the machine and the date of a measurement."""
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    return {"commit": _commit(), "machine": machine(), "date": date}
+    return {"commit": commit(), "machine": machine(), "date": date}
 
 
 @cache
@@ -53,8 +53,11 @@ def machine() -> str:
 
 
 @cache
-def _commit() -> str:
-    """Return the commit of the checkout this package runs from, or its version where it is installed."""
+def commit() -> str:
+    """Return the commit of the checkout this package runs from, or its version where it is installed.
+
+    It is looked up once: a long run asks for it when it begins, since it may end after the next commit.
+    """
     tracked = _git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))
     return _git("rev-parse", "--short", "HEAD") if tracked else f"version {version('unrecurrent')}"
 
@@ -67,9 +70,6 @@ def _git(*words: str) -> str:
     except OSError:
         return ""
     return ran.stdout.strip() if ran.returncode == 0 else ""
-
-
-_commit()  # noted now: a long run may end after the next commit
 
 
 def command_line() -> str:
