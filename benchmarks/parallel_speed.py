@@ -6,7 +6,7 @@
 One sequence (B = 1) of 32,768 steps in float32, layers as PyTorch initialises them, as many inputs as units. The runs
 of one row are interleaved, each after a rest and a run that is not counted, and their medians compared. A run during
 which other processes were busy is thrown away and repeated. `useful_gflops` counts the sequential run's multiply-adds
-only: warm-up and checks count as waste.
+only: warm-up and checks count as waste; `matmul_gflops` is what a product of two matrices reaches in the same turns.
 """
 
 import os
@@ -27,6 +27,7 @@ from unrecurrent.engines import forget_costs
 from unrecurrent.records import make_record, read_records, write_records
 
 STEPS, SIZES, ROUNDS, LEAST = 32_768, (32, 64, 128, 256, 512), 3, 0.1
+PRODUCT = 1024  # rows and columns of the matrices whose product is the limit
 # Between two kinds of runs: the threads of onnxruntime spin on for a while and would take time from whatever is next.
 REST = 0.1
 KINDS = {"RNN": (nn.RNN, 1), "GRU": (nn.GRU, 3), "LSTM": (nn.LSTM, 4)}
@@ -38,12 +39,10 @@ PATH = Path(__file__).parents[1] / "results" / "parallel_speed.json"
 def main() -> None:
     torch.set_grad_enabled(False)
     kinds = sys.argv[1:] or list(KINDS)
-    rates = {"torch.mm": matmul_rate(), "oneDNN": onednn_rate()}
-    print("matrix multiplication: " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in rates.items()))
     records = [r for r in (read_records(PATH) if PATH.exists() else []) if r["model"].upper() not in kinds]
     for kind in kinds:
         for size in SIZES:
-            records += list(measure(kind, size, rates))
+            records += list(measure(kind, size))
             write_records(PATH, records)
     for variant in ("pilot", "outputs"):
         for baseline in ("torch", "onnxruntime"):
@@ -53,7 +52,7 @@ def main() -> None:
                 print(f"{variant:12} against {baseline:12} geometric mean {mean:.2f} of {len(rows)} rows")
 
 
-def measure(kind: str, size: int, rates: dict[str, float]) -> Iterator[dict[str, object]]:
+def measure(kind: str, size: int) -> Iterator[dict[str, object]]:
     torch.manual_seed(0)
     module, gates = KINDS[kind][0](size, size), KINDS[kind][1]
     x = torch.randn(STEPS, 1, size)
@@ -63,8 +62,10 @@ def measure(kind: str, size: int, rates: dict[str, float]) -> Iterator[dict[str,
         "onnxruntime": lambda: session.run(None, {"x": x_array}),
         "pilot": lambda: run_parallel(module, x),
         "outputs": lambda: run_parallel(module, x, verify="outputs"),
+        **products(),
     }
     seconds = interleaved(runs)
+    rates = {name: 2 * PRODUCT**3 / seconds[name] / 1e9 for name in products()}
     own = module(x)[0]
     for variant in ("pilot", "outputs"):
         y, _, evidence = runs[variant]()
@@ -92,7 +93,7 @@ def measure(kind: str, size: int, rates: dict[str, float]) -> Iterator[dict[str,
         torch_ratio, onnx_ratio = (seconds[name] / seconds[variant] for name in ("torch", "onnxruntime"))
         print(
             f"{kind:5}{size:4} {variant:8}{1e3 * seconds[variant]:8.1f} ms, torch {torch_ratio:5.1f}x, "
-            f"onnxruntime {onnx_ratio:4.1f}x, {gflops:4.0f} GFLOP/s, {evidence}",
+            f"onnxruntime {onnx_ratio:4.1f}x, {gflops:4.0f} of {rates['torch.mm']:.0f} GFLOP/s, {evidence}",
             flush=True,
         )
 
@@ -133,16 +134,11 @@ def other_seconds() -> float:
     return busy / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
-def matmul_rate() -> float:
-    a, b, c = (torch.randn(1024, 1024) for _ in range(3))
-    return 2 * 1024**3 / min(undisturbed(lambda: torch.mm(a, b, out=c)) for _ in range(3)) / 1e9
-
-
-def onednn_rate() -> float:
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+def products() -> dict[str, Callable[[], object]]:
+    """Matrix products that show what the processor can do, taken in turns with the runs since its speed drifts."""
+    a, b, c = (torch.randn(PRODUCT, PRODUCT) for _ in range(3))
     packed = onednn.packed(b)
-    run = lambda: onednn.product(a, packed)  # noqa: E731
-    return 2 * 1024**3 / min(undisturbed(run) for _ in range(3)) / 1e9
+    return {"torch.mm": lambda: torch.mm(a, b, out=c), "oneDNN": lambda: onednn.product(a, packed)}
 
 
 def onnx_session(kind: str, module: nn.RNNBase) -> onnxruntime.InferenceSession:

@@ -10,7 +10,6 @@ from unrecurrent.certificate import Certificate
 from unrecurrent.chunks import Attempt, Gain, GiveUp, Plan
 from unrecurrent.engines import State, is_stock
 from unrecurrent.evidence import Options
-from unrecurrent.pilot import CHECKED_GRANT
 
 _GAIN_CHUNKS = 8
 
@@ -39,7 +38,7 @@ class Check:
 
     def run(self) -> None:
         self._agree(None)
-        self.attempt.ledger.limit *= CHECKED_GRANT
+        self.attempt.ledger.limit = self.attempt.ledger.checked_limit
         certificate = self._certificate()
         if certificate is not None:
             self._prove(certificate)

@@ -29,12 +29,22 @@ class NotWorthIt(GiveUp):
     """The parallel run would save too little; nothing is said about the module."""
 
 
+class TryAPart(NotWorthIt):
+    """The parallel run would cost less than the sequential one, but too much for an attempt that may fail."""
+
+    def __init__(self, warmup: int) -> None:
+        super().__init__(f"a warm-up of {warmup} steps would save less than half")
+        self.warmup = warmup
+
+
 @dataclass
 class Ledger:
     """What an attempt has cost so far, by the cost model; leaves the parallel road before it becomes dear."""
 
     cost: StepCost | None
     limit: float
+    #: the limit once all boundaries agree
+    checked_limit: float
     spent: float = 0.0
     depth: int = 0
 

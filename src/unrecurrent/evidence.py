@@ -18,6 +18,7 @@ class Options(NamedTuple):
     verify: Verify
     certificate: Certificate | None
     budget: float = 1.0  # share of a sequential run of its own that one sequence of a batch may cost
+    attempt_share: float = 0.48  # of that: what may be spent before all boundaries agree
 
     @classmethod
     def checked(cls, tol: Any, chunks: Any, warmup: Any, verify: Any, certificate: Any) -> "Options":

@@ -9,6 +9,7 @@ plain reference is `chunked_reference`; how it all works is told in docs/paralle
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from unrecurrent.agreement import Carry, Check
 from unrecurrent.certificate import Certificate
-from unrecurrent.chunks import Attempt, GiveUp, NotWorthIt, Plan, perturbed
+from unrecurrent.chunks import Attempt, GiveUp, NotWorthIt, Plan, TryAPart, perturbed
 from unrecurrent.engines import (
     ModuleEngine,
     State,
@@ -33,12 +34,13 @@ from unrecurrent.engines import (
 )
 from unrecurrent.errors import InputError
 from unrecurrent.evidence import Evidence, Options, Verify, merged, sequential_evidence
-from unrecurrent.pilot import decide
+from unrecurrent.pilot import CHECKED_SHARE, decide
 
 _CARRY_STEPS = 16  # on which a user's module is tried
 _NUMPY_TYPES = (np.float16, np.float32, np.float64)  # what outputs can be written as, in the machine's byte order
 _SHORTEST = 1024  # below this many steps a pilot costs more than the chunks can save
 _SPAN_BYTES = 1 << 27
+_PART = 8  # what saves less than half is tried on this part of the steps first
 
 
 class _Result(NamedTuple):
@@ -61,6 +63,8 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: Options, carry:
         attempt.run()
         check = Check(attempt, options, carry or Carry())
         check.run()
+    except TryAPart:
+        raise
     except NotWorthIt:
         with torch.no_grad():
             doubt_step_cost(engine, plain, x)
@@ -357,14 +361,31 @@ def _run_spans(call: _Call, options: Options, target: Any = None) -> _Result:
     """The whole sequence at once, or span after span where x is an array or a target is given: bounded memory."""
     steps = len(call.x)
     span = steps if target is None and isinstance(call.x, Tensor) else _span_steps(call)
+    try:
+        return _run_these([0, *range(span, steps, span)], call, options, options, target)
+    except TryAPart as reason:
+        part = min(span, steps) // _PART
+        if part < _SHORTEST:
+            raise
+        known = options._replace(warmup=reason.warmup)
+        return _run_these(
+            [0, *range(part, steps, span)], call, known._replace(budget=options.budget * _PART), known, target
+        )
+
+
+def _run_these(begins: list[int], call: _Call, first: Options, later: Options, target: Any) -> _Result:
+    """One span after the other; the later ones may cost more, since what the first one showed speaks for them."""
+    options, later = first, later._replace(attempt_share=CHECKED_SHARE)
+    steps = len(call.x)
     state, carry, pieces, evidences = call.h0, Carry(), [], []
     if options.chunks == "auto" and steps < _SHORTEST:
         raise NotWorthIt(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
     _check_state_carries_all(call.plain, _finite(_tensor(call.x[:_CARRY_STEPS])), state, options.tol)
-    for begin in range(0, steps, span):
+    for begin, end in pairwise([*begins, steps]):
         with torch.set_grad_enabled(torch.is_grad_enabled() and target is None):
-            x = _finite(_tensor(call.x[begin : begin + span]))
+            x = _finite(_tensor(call.x[begin:end]))
             result = _attempt_of_any(call.plain, x, state, options, carry)
+        options = later
         state = result.state
         carry = Carry(result.evidence.error_estimate, result.end_error)
         evidences.append(result.evidence)

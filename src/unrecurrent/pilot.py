@@ -4,14 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt, Plan
+from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt, Plan, TryAPart
 from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, step_cost
 from unrecurrent.evidence import Options
 
-PILOT_BLOCK = 16
+PILOT_BLOCK = 8  # steps between two looks at what is left; the pilot is charged to the run, so it stops soon
+_PILOT_HISTORY = 32
 _PILOT_ROWS = 16
-_ATTEMPT_SHARE = 0.48  # of the sequential run: what may be spent before all boundaries agree
-CHECKED_GRANT = 0.8 / _ATTEMPT_SHARE  # times that may be spent in all, once they do
+CHECKED_SHARE = 0.8  # of the sequential run: what may be spent in all once the boundaries agree
 _PILOT_SHARE = 0.1
 _MOST_ROWS = 4096
 
@@ -21,10 +21,11 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
     steps, batch = len(x), x.shape[1]
     if options.chunks != "auto" and (options.chunks == 1 or steps < 2):
         raise NotWorthIt("one chunk is the sequential run")
-    ledger = Ledger(None, float("inf"))
+    ledger = Ledger(None, float("inf"), float("inf"))
     if options.chunks == "auto":
         cost = step_cost(engine, plain, x)
-        ledger = Ledger(cost, _ATTEMPT_SHARE * options.budget * cost.sequential * steps)
+        most = options.budget * cost.sequential * steps
+        ledger = Ledger(cost, options.attempt_share * most, CHECKED_SHARE * most)
     rate = None
     warmup = options.warmup
     if warmup == "auto":
@@ -36,17 +37,19 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
     plan = Plan.cut(steps, chunks, warmup)
     if plan.chunks < 2:
         raise NotWorthIt("one chunk is the sequential run")
-    _check_cost(plan, batch, ledger)
+    if _predicted(plan, batch, ledger) > ledger.limit:
+        raise TryAPart(plan.warmup)
     return plan, ledger, rate
 
 
-def _check_cost(plan: Plan, batch: int, ledger: Ledger) -> None:
-    cost = ledger.cost
-    if cost is None:
-        return
-    predicted = (plan.warmup + plan.length) * cost.batched(plan.chunks * batch)
-    if ledger.spent + predicted > ledger.limit:
+def _predicted(plan: Plan, batch: int, ledger: Ledger) -> float:
+    """What the run will have cost by the model; raises `NotWorthIt` where that is too much even if it holds."""
+    if ledger.cost is None:
+        return 0.0
+    total = ledger.spent + (plan.warmup + plan.length) * ledger.cost.batched(plan.chunks * batch)
+    if total > ledger.checked_limit:
         raise NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
+    return total
 
 
 def _cheapest_chunks(steps: int, batch: int, warmup: int, cost: StepCost) -> int:
@@ -73,7 +76,7 @@ def forgetting(engine: Engine, x: Tensor, options: Options, ledger: Ledger) -> t
         apart, lag = pilot.apart(), lag + PILOT_BLOCK
         if ledger.cost is not None:
             chunks = _cheapest_chunks(len(x), x.shape[1], lag, ledger.cost)
-            _check_cost(Plan.cut(len(x), chunks, lag), x.shape[1], ledger)
+            _predicted(Plan.cut(len(x), chunks, lag), x.shape[1], ledger)
         if not np.isfinite(apart):
             raise GiveUp("the states do not stay finite")
     if lag == 0:
@@ -94,7 +97,7 @@ class Pilot:
         self.engine, self.x, self.ledger, self.batch = engine, x, ledger, x.shape[1]
         windows = max(2, -(-_PILOT_ROWS // self.batch))
         rows = windows * self.batch
-        history = min(64, max(PILOT_BLOCK, len(x) // 64)) // PILOT_BLOCK * PILOT_BLOCK
+        history = min(_PILOT_HISTORY, max(PILOT_BLOCK, len(x) // 64)) // PILOT_BLOCK * PILOT_BLOCK
         self.room = len(x) // 4
         self.longest = self._longest(2 * rows)
         last = max(0, len(x) - history - self.longest)
