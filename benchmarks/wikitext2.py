@@ -37,7 +37,7 @@ from unrecurrent.memory import MemoryProfile
 from unrecurrent.models import SequenceModel, build_model, parameter_count
 from unrecurrent.models.recurrent import RecurrentModel
 from unrecurrent.recipes import find_recipe
-from unrecurrent.records import Record, commit, make_record, write_records
+from unrecurrent.records import Record, commit, make_record, read_records, write_records
 from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import Task, get_task
 from unrecurrent.training import make_optimizer, task_interface, training_batches, training_loss, word_sampler
@@ -125,6 +125,17 @@ def train(name: str, task: Task, most_seeds: int) -> list[Record]:
     if broken:
         raise SystemExit(f"{name}: {broken[0]}")
     tests = [exp(result["test_loss"]) for result in results]
+    over_seeds: dict[str, Any] = {
+        "mean": round(statistics.mean(tests), 3),
+        "std": round(statistics.stdev(tests), 3) if len(tests) > 1 else None,
+        "first_seed": round(tests[0], 3),
+        "seeds": len(tests),
+        "valid_mean": round(statistics.mean(exp(result["valid_loss"]) for result in results), 3),
+        "minutes": round(statistics.mean(undisturbed_minutes(result["history"]) for result in results), 2),
+    }
+    known = measured_before(name, jobs[0], tests[0])
+    if known:
+        return [{**known[0], **over_seeds}, *known[1:]]
     model, _ = load_model(Path(results[0]["folder"]))
     proof = certificate_on_data(model, task) if isinstance(model, RecurrentModel) else None
     profile = measured(model, task)
@@ -143,21 +154,30 @@ def train(name: str, task: Task, most_seeds: int) -> list[Record]:
     main = make_record(
         **base,
         variant=row.variant,
-        mean=round(statistics.mean(tests), 3),
-        std=round(statistics.stdev(tests), 3) if len(tests) > 1 else None,
-        seeds=len(tests),
-        valid_mean=round(statistics.mean(exp(result["valid_loss"]) for result in results), 3),
+        **over_seeds,
         valid_by_epoch=[round(exp(epoch["valid_loss"]), 2) for epoch in results[0]["history"]],
-        minutes=round(statistics.mean(undisturbed_minutes(result["history"]) for result in results), 2),
         receptive_field=model.receptive_field,
         k_star=profile.k(DELTA),
         local_rate=max((layer.local_rate for layer in profile.layers), default=None),
-        settings=dict(jobs[0].settings),
-        training={key: value for key, value in asdict(jobs[0].training).items() if key != "seed"},
+        **trained_with(jobs[0]),
         **proved(proof),
     )
     cut = [truncated(base, row, profile, tests[0], k) for k in profile.ks] if model.recurrent else []
     return [main, *cut]
+
+
+def trained_with(job: Job) -> dict[str, Any]:
+    training = {key: value for key, value in asdict(job.training).items() if key != "seed"}
+    return {"settings": dict(job.settings), "training": training}
+
+
+def measured_before(name: str, job: Job, test: float) -> list[Record]:
+    """Return the records of a row whose first seed, the one that is measured, is the same as it was; else none."""
+    path = FOLDER / f"{name}.json"
+    known = read_records(path) if path.exists() else []
+    same = known and known[0].get("first_seed", known[0]["mean"]) == round(test, 3)
+    as_json = json.loads(json.dumps(trained_with(job)))
+    return known if same and as_json == {key: known[0][key] for key in as_json} else []
 
 
 def undisturbed_minutes(history: Sequence[Mapping[str, float]]) -> float:
