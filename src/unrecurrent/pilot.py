@@ -8,7 +8,7 @@ from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt, Plan, TryAPart
 from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, step_cost
 from unrecurrent.evidence import Options
 
-PILOT_BLOCK = 8  # steps between two looks at what is left; the pilot is charged to the run, so it stops soon
+PILOT_BLOCK = 16
 _PILOT_HISTORY = 32
 _PILOT_ROWS = 16
 CHECKED_SHARE = 0.8  # of the sequential run: what may be spent in all once the boundaries agree
@@ -37,17 +37,22 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
     plan = Plan.cut(steps, chunks, warmup)
     if plan.chunks < 2:
         raise NotWorthIt("one chunk is the sequential run")
-    if _predicted(plan, batch, ledger) > ledger.limit:
+    if _predicted(plan, batch, ledger, options) > ledger.limit:
         raise TryAPart(plan.warmup)
     return plan, ledger, rate
 
 
-def _predicted(plan: Plan, batch: int, ledger: Ledger) -> float:
-    """What the run will have cost by the model; raises `NotWorthIt` where that is too much even if it holds."""
+def _predicted(plan: Plan, batch: int, ledger: Ledger, options: Options) -> float:
+    """What the run will have cost by the model; raises `NotWorthIt` where that is too much even if it holds.
+
+    To verify all outputs takes a second run of every chunk.
+    """
     if ledger.cost is None:
         return 0.0
-    total = ledger.spent + (plan.warmup + plan.length) * ledger.cost.batched(plan.chunks * batch)
-    if total > ledger.checked_limit:
+    a_step = ledger.cost.batched(plan.chunks * batch)
+    total = ledger.spent + (plan.warmup + plan.length) * a_step
+    again = plan.length * a_step if options.verify == "outputs" and options.certificate is None else 0.0
+    if total + again > ledger.checked_limit:
         raise NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
     return total
 
@@ -76,7 +81,7 @@ def forgetting(engine: Engine, x: Tensor, options: Options, ledger: Ledger) -> t
         apart, lag = pilot.apart(), lag + PILOT_BLOCK
         if ledger.cost is not None:
             chunks = _cheapest_chunks(len(x), x.shape[1], lag, ledger.cost)
-            _predicted(Plan.cut(len(x), chunks, lag), x.shape[1], ledger)
+            _predicted(Plan.cut(len(x), chunks, lag), x.shape[1], ledger, options)
         if not np.isfinite(apart):
             raise GiveUp("the states do not stay finite")
     if lag == 0:
