@@ -994,7 +994,8 @@ def test_a_subclass_with_a_forward_of_its_own_is_tried_first():
     assert_fell_back(Sum(3, 8), torch.rand(400, 1, 3), None, chunks=4, warmup=60)
 
 
-def test_a_start_state_that_is_uncertain_and_matters_late_is_seen(monkeypatch):
+@pytest.mark.parametrize("verify", ["pilot", "outputs"])
+def test_a_start_state_that_is_uncertain_and_matters_late_is_seen(verify, monkeypatch):
     """The last chunk of one span holds its state, and the outputs look at it early in the next."""
 
     class Gated(nn.Module):
@@ -1012,7 +1013,7 @@ def test_a_start_state_that_is_uncertain_and_matters_late_is_seen(monkeypatch):
     x[..., 2], x[..., 3] = 0, 0.9
     x[1_800:2_048, :, 3], x[1_800:2_048, :, :2] = 1, 0
     x[2_053, :, 2] = 1_000
-    y, _, evidence = run_parallel(Gated(), x.numpy(), chunks=8, warmup=80, tol=1e-2, verify="outputs")
+    y, _, evidence = run_parallel(Gated(), x.numpy(), chunks=8, warmup=80, tol=1e-2, verify=verify)
     assert float((torch.as_tensor(y) - Gated()(x)[0]).abs().max()) <= 1e-2, evidence
 
 

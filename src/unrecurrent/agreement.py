@@ -109,6 +109,8 @@ class Check:
             else:
                 some = torch.linspace(1, others, min(others, _GAIN_CHUNKS), device=self.mismatch.device)
                 gain = attempt.gain_of_some(some.round().long(), tol)
+                if self.carry.mismatch > 0:  # a run before left its end state uncertain, which chunk 0 starts from
+                    gain = gain.with_another(attempt.gain_of_first(tol))
         self.gain, self.gain_chunks = gain.largest.max().item(), len(gain.largest)
         self.left = gain.left.max().item()
         # One direction of change says little of a single chunk: the largest of all chunks is taken for each.

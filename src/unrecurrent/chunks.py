@@ -178,25 +178,32 @@ class Attempt:
         """Run the given chunks (of 1, 2, …) again, each from the end state of the chunk before it."""
         begin_state = tuple(part[:, chunks - 1] for part in self.ends)
         state: State = tuple(part.flatten(1, 2) for part in begin_state)
-        for begin, end in self._kept_blocks():
+        for begin, end in self._blocks_from(self.plan.warmup):
             y, state = self._advance(self._inputs(1, begin, end)[chunks - 1], state)
             self._keep(chunks, begin, y)
         self.starts = _replace(self.starts, chunks - 1, begin_state)
         self.ends = _replace(self.ends, chunks, self._split(state))
 
     def gain_of_some(self, chunks: Tensor, tol: float) -> "Gain":
-        """What a change of start state does to the outputs and end states of the given chunks.
+        """What a change of start state does to the outputs and end states of the given chunks (of 1, 2, …).
 
         Each chunk runs beside a copy of itself from a perturbed state, until the two states agree to rounding.
         """
-        base = tuple(part[:, chunks - 1] for part in self.starts)
-        other = perturbed(base, tol)
+        return self._gain(chunks, tuple(part[:, chunks - 1] for part in self.starts), self.plan.warmup, tol)
+
+    def gain_of_first(self, tol: float) -> "Gain":
+        """The same for chunk 0, whose start state is h0."""
+        chunk = torch.zeros(1, dtype=torch.long, device=self.x.device)
+        return self._gain(chunk, self._split(self.h0), self.plan.warmup + self.plan.offset, tol)
+
+    def _gain(self, chunks: Tensor, base: State, first_step: int, tol: float) -> "Gain":
+        other, least = perturbed(base, tol), int(chunks.min())
         state: State = tuple(torch.cat([a, b], dim=1).flatten(1, 2) for a, b in zip(base, other, strict=True))
         size = apart = _far(base, other)
         worst, steps = torch.zeros_like(size), 0
-        for begin, end in self._kept_blocks():
+        for begin, end in self._blocks_from(first_step):
             steps += end - begin
-            inputs = self._inputs(1, begin, end)[chunks - 1]
+            inputs = self._inputs(least, begin, end)[chunks - least]
             y, state = self._advance(torch.cat([inputs, inputs]), state)
             worst = torch.maximum(worst, _change(y[: len(chunks)], y[len(chunks) :]))
             a, b = zip(*(part.chunk(2, dim=1) for part in self._split(state)), strict=True)
@@ -254,9 +261,9 @@ class Attempt:
             kept = table[row:, begin - self.plan.warmup : end - self.plan.warmup]
             yield row, (y - kept).abs().flatten(2).amax(2), self._split(state)
 
-    def _kept_blocks(self) -> Iterator[tuple[int, int]]:
+    def _blocks_from(self, step: int) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length
-        for begin in range(self.plan.warmup, end, self.block):
+        for begin in range(step, end, self.block):
             yield begin, min(end, begin + self.block)
 
 
@@ -266,6 +273,11 @@ class Gain(NamedTuple):
     largest: Tensor  # of a kept output or the end state
     left: Tensor  # of the end state
     steps: int  # after which it was left
+
+    def with_another(self, other: "Gain") -> "Gain":
+        """Those of the chunks of both."""
+        largest, left = torch.cat([self.largest, other.largest]), torch.cat([self.left, other.left])
+        return Gain(largest, left, max(self.steps, other.steps))
 
     def rounding(self, a_step: float, plan: Plan) -> float:
         """What errors of `a_step`, made in every step, add up to: within a chunk, and from chunk to chunk."""
