@@ -19,6 +19,12 @@ class Carry(NamedTuple):
 
     mismatch: float = 0.0
     error: Tensor | None = None
+    #: whether it is the true one, or may still change by what others find out
+    exact: bool = True
+
+    @property
+    def uncertain(self) -> bool:
+        return self.mismatch > 0 or not self.exact
 
 
 class Check:
@@ -105,11 +111,11 @@ class Check:
         others = attempt.plan.chunks - 1
         with torch.no_grad():
             if self.options.verify == "outputs":
-                gain = attempt.gain_of_all(tol, exact=self.carry.mismatch == 0)
+                gain = attempt.gain_of_all(tol, exact=not self.carry.uncertain)
             else:
                 some = torch.linspace(1, others, min(others, _GAIN_CHUNKS), device=self.mismatch.device)
                 gain = attempt.gain_of_some(some.round().long(), tol)
-                if self.carry.mismatch > 0:  # a run before left its end state uncertain, which chunk 0 starts from
+                if self.carry.uncertain:  # chunk 0 starts from a state that a run before left so
                     gain = gain.with_another(attempt.gain_of_first(tol))
         self.gain, self.gain_chunks = gain.largest.max().item(), len(gain.largest)
         self.left = gain.left.max().item()

@@ -32,9 +32,9 @@ class NotWorthIt(GiveUp):
 class TryAPart(NotWorthIt):
     """The parallel run would cost less than the sequential one, but too much for an attempt that may fail."""
 
-    def __init__(self, warmup: int) -> None:
+    def __init__(self, warmup: int, rate: float | None, ledger: "Ledger") -> None:
         super().__init__(f"a warm-up of {warmup} steps would save less than half")
-        self.warmup = warmup
+        self.warmup, self.rate, self.ledger = warmup, rate, ledger
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Ledger:
     limit: float
     #: the limit once all boundaries agree
     checked_limit: float
+    #: whether the check runs every chunk a second time
+    runs_twice: bool = False
     spent: float = 0.0
     depth: int = 0
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from unrecurrent.certificate import Certificate
+from unrecurrent.engines import StepCost
 from unrecurrent.errors import InputError, is_whole
 
 Verify = Literal["pilot", "outputs"]
@@ -19,6 +20,7 @@ class Options(NamedTuple):
     certificate: Certificate | None
     budget: float = 1.0  # share of a sequential run of its own that one sequence of a batch may cost
     attempt_share: float = 0.48  # of that: what may be spent before all boundaries agree
+    cost: StepCost | None = None  # where it is known already
 
     @classmethod
     def checked(cls, tol: Any, chunks: Any, warmup: Any, verify: Any, certificate: Any) -> "Options":

@@ -565,12 +565,16 @@ class _Sample:
         return losses
 
     def _score(self, group: Sequence[int], piece: Piece, losses: np.ndarray) -> None:
-        skip, end = piece.new - piece.first, piece.first + piece.outputs.shape[1]
-        targets = torch.stack([self.data[s][1][piece.new : end] for s in group]).to(self.device)
-        loss = self._loss(piece.outputs[:, skip:], targets)
+        """Note the losses of the sampled positions in a piece, and of these only: a large readout costs most of all."""
+        end = piece.first + piece.outputs.shape[1]
         for row, sequence in enumerate(group):
             here = (self.sequence == sequence) & (self.time >= piece.new) & (self.time < end)
-            losses[here] = loss[row, self.time[here] - piece.new]
+            times = torch.from_numpy(self.time[here])
+            if not len(times):
+                continue
+            outputs = piece.outputs[row, (times - piece.first).to(self.device)]
+            targets = self.data[sequence][1][times].to(self.device)
+            losses[here] = self._loss(outputs[:, None], targets[:, None])[:, 0]
 
     def _sequence_groups(self) -> Iterator[list[int]]:
         """Yield the sampled sequences in groups of equal length, as many as fit one call."""

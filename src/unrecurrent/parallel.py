@@ -9,7 +9,6 @@ plain reference is `chunked_reference`; how it all works is told in docs/paralle
 
 import time
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ from unrecurrent.engines import (
 )
 from unrecurrent.errors import InputError
 from unrecurrent.evidence import Evidence, Options, Verify, merged, sequential_evidence
-from unrecurrent.pilot import CHECKED_SHARE, decide
+from unrecurrent.pilot import CHECKED_SHARE, decide, left_for_the_rest
 
 _CARRY_STEPS = 16  # on which a user's module is tried
 _NUMPY_TYPES = (np.float16, np.float32, np.float64)  # what outputs can be written as, in the machine's byte order
@@ -63,8 +62,6 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: Options, carry:
         attempt.run()
         check = Check(attempt, options, carry or Carry())
         check.run()
-    except TryAPart:
-        raise
     except NotWorthIt:
         with torch.no_grad():
             doubt_step_cost(engine, plain, x)
@@ -357,35 +354,55 @@ def _rows_of(h0: Any, rows: slice | list[int]) -> Any:
     return tuple(part[:, rows] for part in h0)
 
 
-def _run_spans(call: _Call, options: Options, target: Any = None) -> _Result:
+def _run_spans(call: _Call, options: Options, target: Any = None, carry: Carry | None = None) -> _Result:
     """The whole sequence at once, or span after span where x is an array or a target is given: bounded memory."""
-    steps = len(call.x)
+    begun, steps = time.perf_counter(), len(call.x)
     span = steps if target is None and isinstance(call.x, Tensor) else _span_steps(call)
+    # What the first span showed speaks for the later ones.
+    later = [(begin, options._replace(attempt_share=CHECKED_SHARE)) for begin in range(span, steps, span)]
+    carry = carry or Carry()
     try:
-        return _run_these([0, *range(span, steps, span)], call, options, options, target)
+        return _run_these([(0, options), *later], call, carry, target)
     except TryAPart as reason:
-        part = min(span, steps) // _PART
-        if part < _SHORTEST:
-            raise
-        known = options._replace(warmup=reason.warmup)
-        return _run_these(
-            [0, *range(part, steps, span)], call, known._replace(budget=options.budget * _PART), known, target
-        )
+        result = _run_these([*_part_and_rest(reason, min(span, steps), call, options), *later], call, carry, target)
+        return result._replace(evidence=_with_pilot(result.evidence, reason, time.perf_counter() - begun))
 
 
-def _run_these(begins: list[int], call: _Call, first: Options, later: Options, target: Any) -> _Result:
-    """One span after the other; the later ones may cost more, since what the first one showed speaks for them."""
-    options, later = first, later._replace(attempt_share=CHECKED_SHARE)
-    steps = len(call.x)
-    state, carry, pieces, evidences = call.h0, Carry(), [], []
-    if options.chunks == "auto" and steps < _SHORTEST:
+def _part_and_rest(reason: TryAPart, steps: int, call: _Call, options: Options) -> list[tuple[int, Options]]:
+    """A span in two: a part that shows cheaply whether the rest will hold."""
+    part = steps // _PART
+    if part < _SHORTEST:
+        raise reason
+    left = left_for_the_rest(reason, part, steps - part, call.x.shape[1])
+    known = options._replace(warmup=reason.warmup, cost=reason.ledger.cost)
+    return [
+        (0, known._replace(budget=options.budget * _PART)),
+        (part, known._replace(budget=left, attempt_share=CHECKED_SHARE)),
+    ]
+
+
+def _with_pilot(evidence: Evidence, reason: TryAPart, seconds: float) -> Evidence:
+    """The evidence of a run that took so many seconds with the attempt before it, whose pilot it went by."""
+    assert reason.ledger.cost is not None
+    return replace(
+        evidence,
+        forgetting_rate=reason.rate,
+        sequential_depth=evidence.sequential_depth + reason.ledger.depth,
+        estimated_speedup=reason.ledger.cost.sequential * evidence.steps / seconds,
+    )
+
+
+def _run_these(spans: list[tuple[int, Options]], call: _Call, carry: Carry, target: Any) -> _Result:
+    """One span after the other, each with where it begins."""
+    steps, begins = len(call.x), [begin for begin, _ in spans]
+    state, pieces, evidences = call.h0, [], []
+    if spans[0][1].chunks == "auto" and steps < _SHORTEST:
         raise NotWorthIt(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
-    _check_state_carries_all(call.plain, _finite(_tensor(call.x[:_CARRY_STEPS])), state, options.tol)
-    for begin, end in pairwise([*begins, steps]):
+    _check_state_carries_all(call.plain, _finite(_tensor(call.x[:_CARRY_STEPS])), state, spans[0][1].tol)
+    for (begin, options), end in zip(spans, [*begins[1:], steps], strict=True):
         with torch.set_grad_enabled(torch.is_grad_enabled() and target is None):
             x = _finite(_tensor(call.x[begin:end]))
             result = _attempt_of_any(call.plain, x, state, options, carry)
-        options = later
         state = result.state
         carry = Carry(result.evidence.error_estimate, result.end_error)
         evidences.append(result.evidence)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt, Plan, TryAPart
-from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, step_cost
+from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, is_stock, step_cost
 from unrecurrent.evidence import Options
 
 PILOT_BLOCK = 16
@@ -23,9 +23,11 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
         raise NotWorthIt("one chunk is the sequential run")
     ledger = Ledger(None, float("inf"), float("inf"))
     if options.chunks == "auto":
-        cost = step_cost(engine, plain, x)
+        cost = options.cost or step_cost(engine, plain, x)
+        proof = options.certificate if is_stock(plain.module) else None
+        runs_twice = options.verify == "outputs" and not (proof is not None and proof.stable)
         most = options.budget * cost.sequential * steps
-        ledger = Ledger(cost, options.attempt_share * most, CHECKED_SHARE * most)
+        ledger = Ledger(cost, options.attempt_share * most, CHECKED_SHARE * most, runs_twice)
     rate = None
     warmup = options.warmup
     if warmup == "auto":
@@ -37,24 +39,39 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
     plan = Plan.cut(steps, chunks, warmup)
     if plan.chunks < 2:
         raise NotWorthIt("one chunk is the sequential run")
-    if _predicted(plan, batch, ledger, options) > ledger.limit:
-        raise TryAPart(plan.warmup)
+    if _predicted(plan, batch, ledger) > ledger.limit:
+        raise TryAPart(plan.warmup, rate, ledger)
     return plan, ledger, rate
 
 
-def _predicted(plan: Plan, batch: int, ledger: Ledger, options: Options) -> float:
-    """What the run will have cost by the model; raises `NotWorthIt` where that is too much even if it holds.
-
-    To verify all outputs takes a second run of every chunk.
-    """
+def _predicted(plan: Plan, batch: int, ledger: Ledger) -> float:
+    """What the run will have cost by the model; raises `NotWorthIt` where that is too much even if it holds."""
     if ledger.cost is None:
         return 0.0
     a_step = ledger.cost.batched(plan.chunks * batch)
     total = ledger.spent + (plan.warmup + plan.length) * a_step
-    again = plan.length * a_step if options.verify == "outputs" and options.certificate is None else 0.0
+    again = plan.length * a_step if ledger.runs_twice else 0.0
     if total + again > ledger.checked_limit:
         raise NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
     return total
+
+
+def left_for_the_rest(reason: TryAPart, part: int, rest: int, batch: int) -> float:
+    """What a part of the steps leaves for the rest, in sequential runs of it; raises `reason` where that is too little.
+
+    All that is spent on the first attempt, the part and the rest stays within what a checked run may cost.
+    """
+    ledger, cost = reason.ledger, reason.ledger.cost
+    assert cost is not None
+
+    def seconds(steps: int) -> float:
+        plan = Plan.cut(steps, _cheapest_chunks(steps, batch, reason.warmup, cost), reason.warmup)
+        return (plan.warmup + (2 if ledger.runs_twice else 1) * plan.length) * cost.batched(plan.chunks * batch)
+
+    left = ledger.checked_limit - ledger.spent - seconds(part)
+    if seconds(rest) > left:
+        raise reason
+    return left / (CHECKED_SHARE * cost.sequential * rest)
 
 
 def _cheapest_chunks(steps: int, batch: int, warmup: int, cost: StepCost) -> int:
@@ -81,7 +98,7 @@ def forgetting(engine: Engine, x: Tensor, options: Options, ledger: Ledger) -> t
         apart, lag = pilot.apart(), lag + PILOT_BLOCK
         if ledger.cost is not None:
             chunks = _cheapest_chunks(len(x), x.shape[1], lag, ledger.cost)
-            _predicted(Plan.cut(len(x), chunks, lag), x.shape[1], ledger, options)
+            _predicted(Plan.cut(len(x), chunks, lag), x.shape[1], ledger)
         if not np.isfinite(apart):
             raise GiveUp("the states do not stay finite")
     if lag == 0:

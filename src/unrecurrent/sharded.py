@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unrecurrent.agreement import Carry
 from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt
 from unrecurrent.engines import State, choose_engine
 from unrecurrent.errors import InputError
@@ -172,7 +173,8 @@ class _Shard:
         """
         call = self.call._replace(h0=start)
         try:
-            result = _run_spans(call, self.options._replace(warmup=warmup), self.target)
+            carry = Carry(exact=self.rank == 0)
+            result = _run_spans(call, self.options._replace(warmup=warmup), self.target, carry)
             return result.state, result.evidence
         except NotWorthIt as reason:
             state = _run_in_spans(call, start, self.target)
