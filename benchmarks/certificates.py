@@ -34,7 +34,8 @@ EPS = 1e-2
 def chosen_runs(runs: Path, task: Task) -> dict[str, list[Path]]:
     """Return the folders of the comparison in `runs`, by model: those trained from every seed it used.
 
-    Trials of the tuning were trained from seed 0 alone, so the settings of the other seeds say which were chosen.
+    Trials of the tuning were trained from seed 0 alone, so the settings of the other seeds say which were chosen. Of
+    comparisons with as many seeds it is the longest.
     """
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(runs.glob(f"*/{RESULT}")):
@@ -42,7 +43,11 @@ def chosen_runs(runs: Path, task: Task) -> dict[str, list[Path]]:
         if job["task"] == task.name:
             chosen = json.dumps([job["settings"], {**job["training"], "seed": None}])
             found.setdefault(job["model"], {}).setdefault(chosen, []).append(path.parent)
-    return {name: max(groups.values(), key=len) for name, groups in found.items()}
+
+    def seeds_and_epochs(group: tuple[str, list[Path]]) -> tuple[int, float]:
+        return len(group[1]), json.loads(group[0])[1]["epochs"]
+
+    return {name: max(groups.items(), key=seeds_and_epochs)[1] for name, groups in found.items()}
 
 
 def trained(runs: Path, task: Task) -> dict[str, list[RecurrentModel]]:
