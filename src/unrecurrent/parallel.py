@@ -62,9 +62,11 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: Options, carry:
         attempt.run()
         check = Check(attempt, options, carry or Carry())
         check.run()
-    except NotWorthIt:
-        with torch.no_grad():
-            doubt_step_cost(engine, plain, x)
+    except NotWorthIt as reason:
+        part_is_next = isinstance(reason, TryAPart) and carry is not None and len(x) // _PART >= _SHORTEST
+        if not part_is_next:
+            with torch.no_grad():
+                doubt_step_cost(engine, plain, x)
         raise
     evidence = Evidence(
         mode="parallel",
