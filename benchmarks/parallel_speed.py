@@ -57,15 +57,16 @@ def measure(kind: str, size: int) -> Iterator[dict[str, object]]:
     module, gates = KINDS[kind][0](size, size), KINDS[kind][1]
     x = torch.randn(STEPS, 1, size)
     session, x_array = onnx_session(kind, module), x.numpy()
+    limits = products()
     runs: dict[str, Callable[[], object]] = {
         "torch": lambda: module(x),
         "onnxruntime": lambda: session.run(None, {"x": x_array}),
         "pilot": lambda: run_parallel(module, x),
         "outputs": lambda: run_parallel(module, x, verify="outputs"),
-        **products(),
+        **limits,
     }
     seconds = interleaved(runs)
-    rates = {name: 2 * PRODUCT**3 / seconds[name] / 1e9 for name in products()}
+    rates = {name: 2 * PRODUCT**3 / seconds[name] / 1e9 for name in limits}
     own = module(x)[0]
     for variant in ("pilot", "outputs"):
         y, _, evidence = runs[variant]()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
+from late_look import LooksLate, late_inputs
 from unrecurrent import engines, kernels
 from unrecurrent.certificate import certify
 from unrecurrent.engines import (
@@ -998,23 +999,10 @@ def test_a_subclass_with_a_forward_of_its_own_is_tried_first():
 def test_a_start_state_that_is_uncertain_and_matters_late_is_seen(verify, monkeypatch):
     """The last chunk of one span holds its state, and the outputs look at it early in the next."""
 
-    class Gated(nn.Module):
-        def forward(self, x, hx=None):
-            h = x.new_zeros(1, x.shape[1], 2) if hx is None else hx
-            outputs = []
-            for step in x:
-                h = step[:, 3:4] * h + step[:, :2]
-                outputs.append(step[:, 2:3] * (h[0, :, :1] - h[0, :, 1:]))
-            return torch.stack(outputs), h
-
     monkeypatch.setattr("unrecurrent.parallel._SPAN_BYTES", 1)
-    x = torch.rand(4_096, 1, 4, dtype=torch.float64)
-    x[..., 1] *= 0.2
-    x[..., 2], x[..., 3] = 0, 0.9
-    x[1_800:2_048, :, 3], x[1_800:2_048, :, :2] = 1, 0
-    x[2_053, :, 2] = 1_000
-    y, _, evidence = run_parallel(Gated(), x.numpy(), chunks=8, warmup=80, tol=1e-2, verify=verify)
-    assert float((torch.as_tensor(y) - Gated()(x)[0]).abs().max()) <= 1e-2, evidence
+    module, x = LooksLate(), late_inputs(4_096, 2_048)
+    y, _, evidence = run_parallel(module, x.numpy(), chunks=8, warmup=80, tol=1e-2, verify=verify)
+    assert float((torch.as_tensor(y) - module(x)[0]).abs().max()) <= 1e-2, evidence
 
 
 def test_a_compiled_model_runs_its_parallel_part_as_it_is():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from late_look import LooksLate, late_inputs
 from unrecurrent.errors import InputError
 from unrecurrent.sharded import _largest_of, accumulated, run_sharded
 
@@ -51,18 +52,6 @@ CASES = {
 }
 
 
-class LooksLate(nn.Module):
-    """Two states that are kept as long as the fourth input says; the output is their difference times the third."""
-
-    def forward(self, x, hx=None):
-        h = x.new_zeros(1, x.shape[1], 2) if hx is None else hx
-        outputs = []
-        for step in x:
-            h = step[:, 3:4] * h + step[:, :2]
-            outputs.append(step[:, 2:3] * (h[0, :, :1] - h[0, :, 1:]))
-        return torch.stack(outputs), h
-
-
 def make(kind):
     torch.manual_seed(0)
     if kind == "late":
@@ -76,14 +65,8 @@ def make(kind):
 
 def inputs(kind):
     generator = torch.Generator().manual_seed(1)
-    if kind == "late":  # the end of one rank's steps is kept, and looked at early in those of the next
-        x = torch.rand(STEPS, 1, 4, dtype=torch.float64, generator=generator)
-        x[..., 1] *= 0.2
-        x[..., 2], x[..., 3] = 0, 0.9
-        second = STEPS // RANKS
-        x[second - 250 : second, :, 3], x[second - 250 : second, :, :2] = 1, 0
-        x[second + 5, :, 2] = 1_000
-        return x, None
+    if kind == "late":
+        return late_inputs(STEPS, STEPS // RANKS, generator), None
     x = torch.randn(STEPS, 1, 3, generator=generator)
     h0 = None if kind != "gru" else torch.full((1, 1, 8), 0.9)
     return x, h0

@@ -41,10 +41,10 @@ class TryAPart(NotWorthIt):
 class Ledger:
     """What an attempt has cost so far, by the cost model; leaves the parallel road before it becomes dear."""
 
-    cost: StepCost | None
-    limit: float
+    cost: StepCost | None = None
+    limit: float = math.inf
     #: the limit once all boundaries agree
-    checked_limit: float
+    checked_limit: float = math.inf
     #: whether the check runs every chunk a second time
     runs_twice: bool = False
     spent: float = 0.0

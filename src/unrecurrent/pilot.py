@@ -21,7 +21,7 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
     steps, batch = len(x), x.shape[1]
     if options.chunks != "auto" and (options.chunks == 1 or steps < 2):
         raise NotWorthIt("one chunk is the sequential run")
-    ledger = Ledger(None, float("inf"), float("inf"))
+    ledger = Ledger()
     if options.chunks == "auto":
         cost = options.cost or step_cost(engine, plain, x)
         proof = options.certificate if is_stock(plain.module) else None
@@ -48,12 +48,17 @@ def _predicted(plan: Plan, batch: int, ledger: Ledger) -> float:
     """What the run will have cost by the model; raises `NotWorthIt` where that is too much even if it holds."""
     if ledger.cost is None:
         return 0.0
-    a_step = ledger.cost.batched(plan.chunks * batch)
-    total = ledger.spent + (plan.warmup + plan.length) * a_step
-    again = plan.length * a_step if ledger.runs_twice else 0.0
+    run, again = _seconds(plan, batch, ledger.cost, ledger.runs_twice)
+    total = ledger.spent + run
     if total + again > ledger.checked_limit:
         raise NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
     return total
+
+
+def _seconds(plan: Plan, batch: int, cost: StepCost, runs_twice: bool) -> tuple[float, float]:
+    """What a run costs by the model, and what its check does where that is a second run."""
+    a_step = cost.batched(plan.chunks * batch)
+    return (plan.warmup + plan.length) * a_step, plan.length * a_step if runs_twice else 0.0
 
 
 def left_for_the_rest(reason: TryAPart, part: int, rest: int, batch: int) -> float:
@@ -66,7 +71,7 @@ def left_for_the_rest(reason: TryAPart, part: int, rest: int, batch: int) -> flo
 
     def seconds(steps: int) -> float:
         plan = Plan.cut(steps, _cheapest_chunks(steps, batch, reason.warmup, cost), reason.warmup)
-        return (plan.warmup + (2 if ledger.runs_twice else 1) * plan.length) * cost.batched(plan.chunks * batch)
+        return sum(_seconds(plan, batch, cost, ledger.runs_twice))
 
     left = ledger.checked_limit - ledger.spent - seconds(part)
     if seconds(rest) > left:

@@ -151,7 +151,7 @@ class _Shard:
         x = self._together(lambda: _finite(_tensor(self.call.x[:_PILOT_STEPS])))
         engine = choose_engine(self.call.plain, x, differentiable=False)
         try:
-            warmup: float = forgetting(engine, x, self.options, Ledger(None, float("inf"), float("inf")))[0]
+            warmup: float = forgetting(engine, x, self.options, Ledger())[0]
         except GiveUp:
             warmup = float("inf")
         warmup = self._largest(warmup)
