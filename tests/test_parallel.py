@@ -2,6 +2,7 @@ import copy
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from unrecurrent.engines import (
 from unrecurrent.errors import InputError
 from unrecurrent.lyapunov import _prepare_forward_mode
 from unrecurrent.parallel import Parallel, chunked_reference, run_parallel
+from unrecurrent.stability import StableGRU, StableRNN
 from unrecurrent.stable_lstm import StableLSTM
 
 KINDS = [nn.RNN, nn.GRU, nn.LSTM]
@@ -741,6 +743,10 @@ def test_module_with_a_start_state_of_its_own_must_be_told():
         lambda h: nn.GRU(3, h, bias=False),
         lambda h: nn.LSTM(3, h, 2),
         lambda h: nn.LSTM(3, h, bias=False),
+        lambda h: StableRNN(3, h, 2, rate=0.9),
+        lambda h: StableGRU(3, h, rate=0.9),
+        lambda h: StableLSTM(3, h, 2, rate=0.9),
+        lambda h: StableLSTM(3, h, bias=False, rate=0.9),
     ],
 )
 @pytest.mark.parametrize("compiled", [True, False])
@@ -748,9 +754,9 @@ def test_loop_engine_gives_what_the_module_gives(size, make, compiled, monkeypat
     module = make(size)
     assert LoopEngine.takes(module, torch.float32)
     if not compiled:
-        monkeypatch.setattr(kernels, "layer_gates", lambda kind, like: None)
+        monkeypatch.setattr(kernels.Recurrence, "takes", lambda dtype: False)
     if not LoopEngine.takes(module, torch.float32):
-        assert isinstance(module, nn.LSTM)  # its plain loop is torch's own
+        assert isinstance(module, nn.LSTM | StableLSTM)  # its plain loop is the module
         return
     x, state = torch.randn(63, 97, 3), parts_of(start(module, 97))
     before = [part.clone() for part in state]
@@ -761,6 +767,52 @@ def test_loop_engine_gives_what_the_module_gives(size, make, compiled, monkeypat
     for part, own_part in zip(new, own_new, strict=True):
         torch.testing.assert_close(part, own_part, atol=5e-6, rtol=0)
     assert all(map(torch.equal, state, before)), "the start state was written to"
+
+
+@pytest.mark.skipif(not kernels.Recurrence.takes(torch.float32), reason="needs a C compiler")
+@pytest.mark.parametrize("kind", [*KINDS, StableLSTM])
+@pytest.mark.parametrize("rows", [1, 2, 7, 13, 600])
+@torch.no_grad()
+def test_compiled_recurrence_reads_and_writes_rows_wherever_they_lie(kind, rows):
+    """The same numbers bit for bit, alone or among others, in whatever layout: a chunk does not see its neighbours."""
+    engine = LoopEngine(kind(5, 19))
+    table, target = torch.randn(rows, 11, 5), torch.full((rows, 14, 19), -7.0)
+    state = tuple(torch.randn_like(part) for part in engine.zero_state(rows))
+    y, new = engine.advance(table.transpose(0, 1).contiguous(), state)
+    out = target[:, 2:13].transpose(0, 1)
+    again, new_again = engine.advance(table.transpose(0, 1), state, out)
+    assert again.data_ptr() == out.data_ptr()
+    assert torch.equal(target[:, 2:13].transpose(0, 1), y)
+    assert (torch.cat([target[:, :2], target[:, 13:]], dim=1) == -7).all(), "it wrote beside its rows"
+    one, _ = engine.advance(table[-1:].transpose(0, 1), tuple(part[:, -1:] for part in state))
+    assert torch.equal(one[:, 0], y[:, -1])
+    upside_down = engine.advance(torch.stack([*table.unbind(2)]).permute(2, 1, 0), state)[0]
+    assert torch.equal(upside_down, y)
+    assert all(map(torch.equal, new, new_again))
+
+
+@pytest.mark.skipif(not kernels.Recurrence.takes(torch.float32), reason="needs a C compiler")
+@pytest.mark.parametrize("kind", [*KINDS, partial(nn.RNN, nonlinearity="relu"), StableLSTM])
+@torch.no_grad()
+def test_compiled_recurrence_keeps_what_is_not_a_number_and_bears_what_is_large(kind):
+    module = kind(3, 20)
+    x = torch.randn(9, 4, 3)
+    x[2, 1, 0], x[4, 2] = torch.nan, 1e30
+    engine = LoopEngine(module)
+    y, _ = engine.advance(x, engine.zero_state(4))
+    own, _ = module(x)
+    torch.testing.assert_close(y, own, atol=5e-6, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [StableRNN, StableGRU, StableLSTM])
+@torch.no_grad()
+def test_a_stable_layer_whose_weights_were_written_to_is_held_first(kind):
+    module = kind(3, 8, rate=0.9)
+    module.weight_hh_l0.copy_(torch.randn_like(module.weight_hh_l0) * 9)
+    x = torch.rand(4_000, 1, 3)
+    y, _, evidence = run_parallel(module, x, chunks=10, warmup=300)
+    assert evidence.mode == "parallel"
+    assert (y - module(x)[0]).abs().max() <= 1e-4
 
 
 def test_what_the_modules_own_runs_took_is_remembered():

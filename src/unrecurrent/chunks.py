@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from unrecurrent.engines import Engine, State, StepCost
-from unrecurrent.pages import new_empty
 
-_BLOCK = 16  # steps between two looks at the states; bounds the working memory
+_BLOCK = 16  # steps between two looks at the states
+_LONG_BLOCK = 128  # the same where nobody looks; bounds the working memory of stacks and of batches
 
 # With verify="outputs" the inputs of the second run move by this many eps; a step itself rounds by this many.
 KICK, ROUNDING_A_STEP = 16, 4
@@ -108,6 +108,7 @@ class Attempt:
         self.module = module
         self.batch = x.shape[1]
         self.block = plan.warmup + plan.length if torch.is_grad_enabled() else _BLOCK
+        self.long_block = max(self.block, _LONG_BLOCK)
         self.y: Tensor | None = None
         self.starts: State = ()
         self.ends: State = ()
@@ -120,20 +121,28 @@ class Attempt:
         start = x.storage_offset() + plan.position(row, begin) * time_stride
         return x.as_strided(size, (plan.length * time_stride, time_stride, *rest), start)
 
-    def _advance(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """Advance chunks (rows, steps, B, ...) and return their outputs as (rows, steps, B, H)."""
+    def _advance(self, inputs: Tensor, state: State, out: Tensor | None = None) -> tuple[Tensor, State]:
+        """Advance chunks (rows, steps, B, ...) and return their outputs as (rows, steps, B, H), in `out` if given."""
         rows, steps = inputs.shape[:2]
         self.ledger.charge(steps, rows * self.batch)
         flat = inputs.transpose(0, 1).reshape(steps, rows * self.batch, *inputs.shape[3:])
+        if out is not None and self.batch == 1:
+            _, state = self.engine.advance(flat, state, out.squeeze(2).transpose(0, 1))
+            return out, state
         y, state = self.engine.advance(flat, state)
-        return y.unflatten(1, (rows, self.batch)).transpose(0, 1), state
+        y = y.unflatten(1, (rows, self.batch)).transpose(0, 1)
+        return y if out is None else out.copy_(y), state
 
     def _keep(self, rows: slice | Tensor, begin: int, y: Tensor) -> None:
+        self._table(y)[rows, begin - self.plan.warmup : begin - self.plan.warmup + y.shape[1]] = y
+
+    def _table(self, like: Tensor | None = None) -> Tensor:
+        """The outputs as (chunks, length, B, ...); made when first asked for, of the kind of some outputs."""
         plan = self.plan
         if self.y is None:
-            self.y = new_empty(y, plan.chunks * plan.length, *y.shape[2:])
-        table = self.y.unflatten(0, (plan.chunks, plan.length))
-        table[rows, begin - plan.warmup : begin - plan.warmup + y.shape[1]] = y
+            assert like is not None
+            self.y = like.new_empty(plan.chunks * plan.length, *like.shape[2:])
+        return self.y.unflatten(0, (plan.chunks, plan.length))
 
     def outputs(self) -> Tensor:
         assert self.y is not None
@@ -161,13 +170,17 @@ class Attempt:
     def run(self) -> None:
         """Warm up every chunk, then keep its outputs, its start state and its end state."""
         state: State | None = None
-        for row, begin, end in self.plan.segments(self.block):
+        warmup, in_place = self.plan.warmup, not torch.is_grad_enabled()
+        for row, begin, end in self.plan.segments(self.long_block):
             state = self._join(state, row, begin)
-            if begin == self.plan.warmup:
+            if begin == warmup:
                 kept = (self.plan.chunks - 1) * self.batch
                 self.starts = self._split(tuple(part[:, part.shape[1] - kept :] for part in state))
-            y, state = self._advance(self._inputs(row, begin, end), state)
-            if begin >= self.plan.warmup:
+            known = in_place and begin >= warmup and self.y is not None
+            out = self._table()[row:, begin - warmup : end - warmup] if known else None
+            y, state = self._advance(self._inputs(row, begin, end), state, out)
+            self._table(y)  # known from the first warm-up on
+            if begin >= warmup and out is None:
                 self._keep(slice(row, None), begin, y)
         assert state is not None
         self.ends = self._split(state)
@@ -251,8 +264,7 @@ class Attempt:
 
     def _kicked_run(self, first: State, others: State) -> Iterator[tuple[int, Tensor, State]]:
         """Of a second run with kicks: the first row of each block, the change in each step, the states after it."""
-        assert self.y is not None
-        table = self.y.unflatten(0, (self.plan.chunks, self.plan.length))
+        table = self._table()
         state: State = tuple(part.flatten(1, 2) for part in others)
         for row, begin, end in self.plan.segments(_BLOCK):  # also where gradients were wanted of the run itself
             if begin < self.plan.warmup:

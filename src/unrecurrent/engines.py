@@ -1,8 +1,8 @@
 """How many sequences at once are advanced by some steps, and what a step costs on this machine.
 
 `ModuleEngine` calls the user's own module and is differentiable. `LoopEngine` runs the same equations for `nn.RNN`,
-`nn.GRU` and `nn.LSTM` on the processor with fewer, larger products; it is faster than the module there and has no
-gradient.
+`nn.GRU`, `nn.LSTM` and the layers that keep themselves stable on the processor, without gradients; many rows at once
+are faster there than in the module.
 Both take and return the states of `torch.nn`: a tuple of parts, each `(layers, rows, H)`.
 """
 
@@ -10,27 +10,28 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from unrecurrent import kernels, onednn
+from unrecurrent import kernels
 from unrecurrent.errors import InputError
+from unrecurrent.self_keeping import SelfKeeping
 
 State = tuple[Tensor, ...]
 
 # As many as chunks advance at once; the longer where the shorter takes less than _SHORT_RUN seconds.
-_CALIBRATION_STEPS = (16, 32)
+_CALIBRATION_STEPS = (16, 64)
 _SHORT_RUN = 5e-4
-_FEW_ROWS, _MANY_ROWS = 16, 256
+_FEW_ROWS, _MANY_ROWS = 24, 192
 
 
 class Engine(Protocol):
-    """Advances `rows` independent sequences: x is `(steps, rows, ...)`, y is `(steps, rows, H)`."""
+    """Advances `rows` independent sequences: x is `(steps, rows, ...)`, y `(steps, rows, H)`, in `out` if given."""
 
-    def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]: ...
+    def advance(self, x: Tensor, state: State, out: Tensor | None = None) -> tuple[Tensor, State]: ...
 
     def zero_state(self, rows: int) -> State: ...
 
@@ -82,151 +83,117 @@ class ModuleEngine:
     def zero_state(self, rows: int) -> State:
         return tuple(part.new_zeros(part.shape[0], rows, *part.shape[2:]) for part in self._template)
 
-    def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        if not self.batch_first:
-            y, new = self.module(x, self.pack(state))
-            return y, parts_of(new)
-        y, new = self.module(x.transpose(0, 1), self.pack(state))
-        return y.transpose(0, 1), parts_of(new)
+    def advance(self, x: Tensor, state: State, out: Tensor | None = None) -> tuple[Tensor, State]:
+        y, new = self.module(x.transpose(0, 1) if self.batch_first else x, self.pack(state))
+        y = y.transpose(0, 1) if self.batch_first else y
+        return y if out is None else out.copy_(y), parts_of(new)
 
 
 class LoopEngine:
-    """`nn.RNN`, `nn.GRU` and `nn.LSTM` on the processor: one input product for a block of steps, then one a step.
+    """The layers of torch and those that keep themselves stable on the processor, many steps of many rows in one call.
 
-    The equations are those of `torch.nn` (for the GRU with the reset gate after the product). What a step does besides
-    its product is one pass in C where that can be had (`kernels.py`); the loops here stand in for it, but for the LSTM,
-    whose plain form is the module itself.
+    The equations are those of `torch.nn` (for the GRU with the reset gate after the product) and of `StableLSTM`. They
+    run in C where that can be had (`recurrence.c`); the loops here stand in for it, but for the LSTMs, whose plain form
+    is the module itself.
     """
 
-    def __init__(self, module: nn.RNNBase) -> None:
-        self.hidden_size = module.hidden_size
-        self.kind = module.mode.removesuffix("_TANH").lower()
-        self.parts = len(_layer_states(module))
-        self.layers = [_layer_weights(module, index, self.kind == "gru") for index in range(module.num_layers)]
+    def __init__(self, module: nn.Module) -> None:
+        if isinstance(module, SelfKeeping):
+            module.keep_before_use()
+        self.kind = _kind_of(module)
+        self.hidden_size = int(module.hidden_size)
+        self.parts = 2 if "lstm" in self.kind else 1
+        self.layers = [_layer_weights(module, index, self.kind) for index in range(int(module.num_layers))]
+        in_c = kernels.Recurrence.takes(self.layers[0].weight_hh.dtype)
+        self.compiled = [layer.compiled(self.kind) for layer in self.layers] if in_c else None
 
     @staticmethod
     def takes(module: nn.Module, dtype: torch.dtype) -> bool:
         """Whether the layer has a loop here for numbers of that type."""
-        if type(module) not in (nn.RNN, nn.GRU, nn.LSTM) or module.bidirectional or not is_stock(module):
+        known = type(module) in (nn.RNN, nn.GRU, nn.LSTM) or isinstance(module, SelfKeeping)
+        if not known or module.bidirectional or module.proj_size or not is_stock(module):
             return False
-        if isinstance(module, nn.LSTM):
-            return not module.proj_size and kernels.layer_gates("lstm", torch.empty(0, dtype=dtype)) is not None
-        return dtype in (torch.float32, torch.float64)
+        plain = "lstm" not in _kind_of(module) and dtype in (torch.float32, torch.float64)
+        return plain or kernels.Recurrence.takes(dtype)
 
     def zero_state(self, rows: int) -> State:
-        weight = self.layers[0].recurrent.weight
+        weight = self.layers[0].weight_hh
         return tuple(weight.new_zeros(len(self.layers), rows, self.hidden_size) for _ in range(self.parts))
 
-    def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def advance(self, x: Tensor, state: State, out: Tensor | None = None) -> tuple[Tensor, State]:
         ends: list[tuple[Tensor, ...]] = []
-        for layer, *start in zip(self.layers, *state, strict=True):
-            x, *cells = self._run(layer, x, *start)
+        for index, start in enumerate(zip(*state, strict=True)):
+            last = index == len(self.layers) - 1
+            y = out if last and out is not None else x.new_empty(*x.shape[:2], self.hidden_size)
+            cells = self._run(index, x, y, *start)
+            x = y
             ends.append((x[-1], *cells))
         return x, tuple(map(torch.stack, zip(*ends, strict=True)))
 
-    def _run(self, layer: "_Layer", x: Tensor, h: Tensor, *cells: Tensor) -> tuple[Tensor, ...]:
-        gates = kernels.layer_gates(self.kind, h) if self.kind != "rnn_relu" else None
-        if gates is not None:
-            return self._in_c(
-                gates, layer, x, h.contiguous(), *(cell.clone(memory_format=torch.contiguous_format) for cell in cells)
-            )
-        return (self._gru(layer, x, h) if self.kind == "gru" else self._rnn(layer, x, h),)
+    def _run(self, index: int, x: Tensor, y: Tensor, h: Tensor, *cells: Tensor) -> tuple[Tensor, ...]:
+        """One layer over x `(steps, rows, D)` into y; returns the new cell state where there is one."""
+        if self.compiled is not None:
+            cells = tuple(cell.clone(memory_format=torch.contiguous_format) for cell in cells)
+            h = h.contiguous()
+            self.compiled[index].run(x, h, *(cells or (h,)), y)
+        elif self.kind == "gru":
+            _gru(self.layers[index], x, h, y)
+        else:
+            _rnn(self.layers[index], x, h, y, _relu if self.kind == "rnn_relu" else torch.tanh)
+        return cells
 
-    def _in_c(self, gates: Any, layer: "_Layer", x: Tensor, h: Tensor, *cells: Tensor) -> tuple[Tensor, ...]:
-        drive = layer.drive(x)
-        y = drive if self.kind == "rnn" else drive.new_empty(*drive.shape[:2], self.hidden_size)
-        is_rnn, is_gru = self.kind == "rnn", self.kind == "gru"
-        for new, drive_now in zip(y, drive, strict=True):
-            more = () if is_rnn else (drive_now, layer.candidate_bias, h) if is_gru else (drive_now, *cells)
-            kernels.call_gated(gates, new, layer.recurrent(h), *more, new)
-            h = new
-        return y, *cells
 
-    def _rnn(self, layer: "_Layer", x: Tensor, h: Tensor) -> Tensor:
-        activation = _relu if self.kind == "rnn_relu" else torch.tanh
-        y = layer.drive(x)
-        for step in range(len(y)):
-            h = activation(layer.recurrent(h).add_(y[step]), out=y[step])
-        return y
-
-    def _gru(self, layer: "_Layer", x: Tensor, h: Tensor) -> Tensor:
-        drive, size = layer.drive(x), self.hidden_size
-        y = drive.new_empty(*drive.shape[:2], size)
-        for step, (gates_drive, new_drive) in enumerate(zip(*drive.split((2 * size, size), dim=-1), strict=True)):
-            product = layer.recurrent(h)
-            gates = product[:, : 2 * size].add_(gates_drive).sigmoid_()
-            product = product[:, 2 * size :].add_(layer.candidate_bias)
-            new = torch.addcmul(new_drive, gates[:, :size], product).tanh_()
-            h = torch.lerp(new, h, gates[:, size:], out=y[step])
-        return y
+def _rnn(layer: "_Layer", x: Tensor, h: Tensor, y: Tensor, activation: Callable[..., Tensor]) -> None:
+    for new, drive in zip(y, F.linear(x, layer.weight_ih, layer.bias), strict=True):
+        h = activation(drive.add_(h @ layer.weight_hh.T), out=new)
 
 
 def _relu(pre: Tensor, out: Tensor) -> Tensor:
     return torch.clamp_min(pre, 0.0, out=out)
 
 
-class _Product:
-    """x ↦ x Wᵀ + b for a fixed W, in the way that is fastest here for that many rows: each is tried once a process.
-
-    Which one that is depends on the processor and on the sizes: oneDNN's packed product is twice as fast as the default
-    BLAS on AMD processors with AVX-512; on those with AVX2 alone it wins for large weights and few rows only.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.ready: dict[str, Callable[[Tensor], Tensor]] = {}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x if x.dim() == 2 else x.flatten(0, -2)
-        case = (*self.weight.shape, len(rows).bit_length(), self.weight.dtype, torch.get_num_threads())
-        way = _fastest.get(case)
-        if way is None:
-            way = _fastest[case] = min(self._ways(), key=partial(self._seconds, rows))
-            self.ready = {way: self._in(way)}
-        y = self._in(way)(rows)
-        return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
-
-    def _seconds(self, rows: Tensor, way: str) -> float:
-        return _shortest(lambda: self._in(way)(rows), rows.device)
-
-    def _ways(self) -> tuple[str, ...]:
-        return ("transposed", "as it is", "oneDNN") if onednn.has_onednn(self.weight) else ("transposed", "as it is")
-
-    def _in(self, way: str) -> Callable[[Tensor], Tensor]:
-        if way not in self.ready:
-            self.ready[way] = self._through_onednn() if way == "oneDNN" else self._through_blas(way == "transposed")
-        return self.ready[way]
-
-    def _through_onednn(self) -> Callable[[Tensor], Tensor]:
-        packed = onednn.packed(self.weight.contiguous())
-        return lambda x: onednn.product(x, packed, self.bias)
-
-    def _through_blas(self, transposed: bool) -> Callable[[Tensor], Tensor]:
-        right, bias = self.weight.t().contiguous() if transposed else self.weight.t(), self.bias
-        return (lambda x: x @ right) if bias is None else (lambda x: torch.addmm(bias, x, right))
+def _gru(layer: "_Layer", x: Tensor, h: Tensor, y: Tensor) -> None:
+    size = len(layer.candidate_bias)
+    for new, drive in zip(y, F.linear(x, layer.weight_ih, layer.bias), strict=True):
+        product = h @ layer.weight_hh.T
+        gates = product[:, : 2 * size].add_(drive[:, : 2 * size]).sigmoid_()
+        product = product[:, 2 * size :].add_(layer.candidate_bias)
+        candidate = torch.addcmul(drive[:, 2 * size :], gates[:, :size], product).tanh_()
+        h = torch.lerp(candidate, h, gates[:, size:], out=new)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    drive: _Product
-    recurrent: _Product
-    #: of the candidate's product in a GRU, which the reset gate multiplies too
+    weight_ih: Tensor
+    weight_hh: Tensor
+    #: what is added to U x, with that of W h but for a GRU's candidate, whose product the reset gate multiplies too
+    bias: Tensor
     candidate_bias: Tensor
+    ceiling: Tensor | None
+
+    def compiled(self, kind: str) -> kernels.Recurrence:
+        bias = torch.cat([self.bias, self.candidate_bias]) if kind == "gru" else self.bias
+        return kernels.Recurrence(kind, self.weight_ih, self.weight_hh, bias, self.ceiling)
 
 
-def _layer_weights(module: nn.RNNBase, index: int, is_gru: bool) -> _Layer:
-    def weight(name: str) -> Tensor:
+def _kind_of(module: nn.Module) -> str:
+    return str(getattr(module, "cell_kind", getattr(module, "mode", ""))).lower()
+
+
+def _layer_weights(module: nn.Module, index: int, kind: str) -> _Layer:
+    def tensor(name: str) -> Tensor:
         return getattr(module, f"{name}_l{index}").detach()
 
-    size, drive_bias = module.hidden_size, None
-    candidate_bias = weight("weight_hh").new_zeros(size)
+    size, weight_ih, weight_hh = int(module.hidden_size), tensor("weight_ih"), tensor("weight_hh")
+    bias, candidate_bias = weight_hh.new_zeros(len(weight_hh)), weight_hh.new_zeros(size)
     if module.bias:
-        recurrent_bias = weight("bias_hh").clone()
-        if is_gru:
+        recurrent_bias = tensor("bias_hh").clone()
+        if kind == "gru":
             candidate_bias = recurrent_bias[2 * size :].clone()
             recurrent_bias[2 * size :] = 0
-        drive_bias = weight("bias_ih") + recurrent_bias
-    return _Layer(_Product(weight("weight_ih"), drive_bias), _Product(weight("weight_hh"), None), candidate_bias)
+        bias = tensor("bias_ih") + recurrent_bias
+    ceiling = tensor("forget_ceiling") if kind == "scaled-gate-lstm" else None
+    return _Layer(weight_ih, weight_hh, bias, candidate_bias, ceiling)
 
 
 def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engine:
@@ -234,7 +201,7 @@ def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engin
     module = plain.module
     if differentiable or x.device.type != "cpu" or not LoopEngine.takes(module, x.dtype):
         return plain
-    return LoopEngine(module)  # type: ignore[arg-type]
+    return LoopEngine(module)
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -299,7 +266,6 @@ _MOST_ROUNDS = 8  # so that a disturbed measurement does not mislead a process f
 _batched: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 _sequential: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
 _seen: dict[tuple[object, ...], _Measured] = defaultdict(_Measured)
-_fastest: dict[tuple[object, ...], str] = {}
 
 
 def step_cost(engine: Engine, plain: ModuleEngine, x: Tensor) -> StepCost:
@@ -353,7 +319,7 @@ def learn_sequential_step(plain: ModuleEngine, first: Tensor, steps: int, second
 
 def forget_costs() -> None:
     """Measure afresh what a step costs, for instance after the machine was busy."""
-    for known in (_batched, _sequential, _seen, _fastest):
+    for known in (_batched, _sequential, _seen):
         known.clear()
 
 

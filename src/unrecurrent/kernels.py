@@ -1,8 +1,8 @@
 """Compile and load the C loops of this folder; where there is no compiler, the PyTorch code beside them does the work.
 
-`row_budgets.c` holds what projections do row by row, `gates.c` what a step of a recurrent layer does number by number.
-The first use of either on a float32 tensor on the CPU compiles it (a quarter of a second) into the user's cache folder;
-set `UNRECURRENT_COMPILE=0` to do without.
+`row_budgets.c` holds what projections do row by row, `gates.c` what a step of `StableLSTM` does number by number,
+`recurrence.c` recurrent layers over many steps. The first use of each on a float32 tensor on the CPU compiles it (less
+than a second) into the user's cache folder; set `UNRECURRENT_COMPILE=0` to do without.
 """
 
 import ctypes
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS, GATES = "row_budgets", "gates"
+ROWS, GATES, RECURRENCE = "row_budgets", "gates", "recurrence"
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 # Sums over a row may be reordered so that they vectorize; unlike -ffast-math this does not change how the process
 # rounds.
-FLAGS = {ROWS: (*_FLAGS, "-fno-signed-zeros", "-fassociative-math"), GATES: _FLAGS}
+FLAGS = {ROWS: (*_FLAGS, "-fno-signed-zeros", "-fassociative-math"), GATES: _FLAGS, RECURRENCE: _FLAGS}
+HEADER = "activations.h"
 SHARED_BY_THREADS = "-fopenmp"
 MOST_GATES = 3
 KINDS = {"mixture": 0, "gru": 1, "lstm": 2}
@@ -79,7 +80,8 @@ def _fingerprint(compiler: str, name: str, used: Sequence[str]) -> str:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    text = "\n".join((_source(name).read_text(), compiler, *used, platform.machine(), flags))
+    sources = (_source(name).read_text(), Path(__file__).with_name(HEADER).read_text())
+    text = "\n".join((*sources, compiler, *used, platform.machine(), flags))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -136,12 +138,6 @@ def gates(like: Tensor) -> ctypes.CDLL | None:
 def call_gated(function: Any, like: Tensor, *tensors: Tensor) -> None:
     """Call a function of `gates.c` for cells like `(B, H)` on contiguous tensors, in the order it names them."""
     function(*like.shape, *map(_pointer, tensors))
-
-
-def layer_gates(kind: str, like: Tensor) -> Any:
-    """Return the function of `gates.c` that ends a step of torch's RNN, GRU or LSTM, if it takes cells like this."""
-    functions = library(GATES) if like.dtype is torch.float32 and like.is_cpu else None
-    return None if functions is None else getattr(functions, f"{kind}_gates")
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -294,3 +290,64 @@ class HeldLayer:
         moved = functions.hold_layer(ctypes.byref(self._layer), ctypes.byref(self._drive), ctypes.byref(pointers))
         if moved or self._drive.tied >= 0:
             _mark_written(*weights)
+
+
+class _Series(ctypes.Structure):
+    """The struct of the same name in the C file."""
+
+    _fields_ = (("first", ctypes.c_void_p), ("step", ctypes.c_int64), ("row", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Series":
+        """Of a tensor (steps, rows, numbers) whose numbers lie side by side."""
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+class _Panels(ctypes.Structure):
+    """The struct `Layer` in the C file."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "size", "inputs")),
+        *((name, ctypes.c_void_p) for name in ("input_panels", "recurrent_panels", "bias", "ceiling")),
+    )
+
+
+#: the layers of `recurrence.c`, in the order of its enum
+RECURRENT_KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm", "scaled-gate-lstm")
+
+
+class Recurrence:
+    """A recurrent layer with its weights laid out for `recurrence.c`: many steps of many rows in one call.
+
+    `weight_ih` `(G H, D)` and `weight_hh` `(G H, H)` as in the layer; `bias` `(S H,)` what is added to each sum, where
+    a GRU has four: those of r and z, and of the candidate U x and W h apart; `ceiling` `(H,)` that of `StableLSTM`.
+    """
+
+    def __init__(
+        self, kind: str, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, ceiling: Tensor | None = None
+    ) -> None:
+        self._functions = library(RECURRENCE)
+        assert self._functions is not None
+        size, width = weight_hh.shape[1], self._functions.unit_block()
+        panels = (_panels(weight_ih, size, width), _panels(weight_hh, size, width), _panels(bias[:, None], size, width))
+        self._kept = [*panels, _plain(bias.new_ones(size) if ceiling is None else ceiling)]
+        pointers = (tensor.data_ptr() for tensor in self._kept)
+        self._layer = _Panels(RECURRENT_KINDS.index(kind), size, weight_ih.shape[1], *pointers)
+
+    @staticmethod
+    def takes(dtype: torch.dtype) -> bool:
+        return dtype is torch.float32 and library(RECURRENCE) is not None
+
+    def run(self, x: Tensor, h: Tensor, cell: Tensor, y: Tensor) -> None:
+        """Read x `(steps, rows, D)` from h `(rows, H)`; write y `(steps, rows, H)`, and the new cell state in place."""
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        given = (ctypes.byref(_Series.of(x)), _pointer(h), _pointer(cell), ctypes.byref(_Series.of(y)))
+        assert self._functions is not None
+        self._functions.run_steps(ctypes.byref(self._layer), *x.shape[:2], *given, torch.get_num_threads())
+
+
+def _panels(weight: Tensor, size: int, width: int) -> Tensor:
+    """A weight (G size, K) as (blocks of `width` units, G, K, width), the last block filled up with zeros."""
+    gates = weight.detach().float().unflatten(0, (-1, size))
+    blocks = torch.nn.functional.pad(gates, (0, 0, 0, -size % width)).unflatten(1, (-1, width))
+    return blocks.permute(1, 0, 3, 2).contiguous()

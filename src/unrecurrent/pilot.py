@@ -12,7 +12,7 @@ PILOT_BLOCK = 16
 _PILOT_HISTORY = 32
 _PILOT_ROWS = 16
 CHECKED_SHARE = 0.8  # of the sequential run: what may be spent in all once the boundaries agree
-_PILOT_SHARE = 0.07
+_PILOT_SHARE = 0.05
 _MOST_ROWS = 4096
 
 
