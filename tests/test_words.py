@@ -10,7 +10,7 @@ from unrecurrent.models import build_model
 from unrecurrent.recipes import default_parameters, find_recipe
 from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import Metric, get_task
-from unrecurrent.training import TrainingConfig, TrainingRun, evaluate, task_interface
+from unrecurrent.training import TrainingConfig, TrainingRun, evaluate, task_interface, word_counts
 
 LINES = {
     "train": " \n = Title = \n\n the cat sat on the <unk> mat . \n the dog sat . \n" * 30,
@@ -103,9 +103,8 @@ def test_perplexity_is_the_exponential_of_the_mean_loss():
 def test_a_model_learns_the_text_and_resumes_bit_for_bit(home, tmp_path, sampled, softmax):
     task = get_task("wikitext-2", data_dir=home)
     settings = {"hidden_size": 12, "embedding_size": 8, "tied": True}
-    config = TrainingConfig(
-        epochs=12, learning_rate=0.02, batch_size=4, piece=7, sampled_words=sampled, softmax=softmax
-    )
+    large = {"sampled_words": sampled, "softmax": softmax, "frequency_bias": not sampled}
+    config = TrainingConfig(epochs=12, learning_rate=0.02, batch_size=4, piece=7, **large)
 
     def run(folder):
         return TrainingRun(task, "lstm", settings, config, folder, checkpoint_steps=5)
@@ -129,6 +128,20 @@ def test_a_model_learns_the_text_and_resumes_bit_for_bit(home, tmp_path, sampled
     resumed = run(tmp_path / "run").run()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_biases_that_start_at_the_frequencies_predict_them(home, tmp_path):
+    task = get_task("wikitext-2", data_dir=home)
+    (stream,) = task.load("train")
+    counts = word_counts(task, [stream])
+    assert counts.tolist() == torch.bincount(stream.targets, minlength=task.outputs).tolist()
+    settings = {"hidden_size": 12, "embedding_size": 8, "tied": True}
+    config = TrainingConfig(epochs=1, learning_rate=1e-9, batch_size=4, piece=7, frequency_bias=True)
+    model = TrainingRun(task, "lstm", settings, config).run()
+    shares = counts.double() / counts.sum()
+    entropy = -float((shares * shares.clamp(min=1e-9).log()).sum())
+    assert evaluate(model, task, [stream]) == pytest.approx(entropy, abs=0.05)
+    assert entropy < math.log(task.vocabulary) - 0.1
 
 
 def test_a_long_corpus_is_mapped_and_not_held(home):

@@ -266,14 +266,23 @@ class Attempt:
         """Of a second run with kicks: the first row of each block, the change in each step, the states after it."""
         table = self._table()
         state: State = tuple(part.flatten(1, 2) for part in others)
-        for row, begin, end in self.plan.segments(_BLOCK):  # also where gradients were wanted of the run itself
+        for row, begin, end in self.plan.segments(_LONG_BLOCK):
             if begin < self.plan.warmup:
                 continue
             state = self._join(state, row, begin, first)
-            y, state = self._advance(_kicked(self._inputs(row, begin, end)), state)
-            state = tuple(_kicked(part, seed=begin) for part in state)
+            y, state = self._advance_kicked(_kicked(self._inputs(row, begin, end)), state, begin)
             kept = table[row:, begin - self.plan.warmup : end - self.plan.warmup]
-            yield row, (y - kept).abs().flatten(2).amax(2), self._split(state)
+            yield row, y.sub_(kept).abs_().flatten(2).amax(2), self._split(state)
+
+    def _advance_kicked(self, inputs: Tensor, state: State, begin: int) -> tuple[Tensor, State]:
+        """Advance chunks and move their states after each block; the states' parts are moved differently each time."""
+        pieces = []
+        for part in inputs.split(_BLOCK, dim=1):
+            y, state = self._advance(part, state)
+            begin += part.shape[1]
+            state = tuple(_kicked(each, seed=begin) for each in state)
+            pieces.append(y)
+        return torch.cat(pieces, dim=1), state
 
     def _blocks_from(self, step: int) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length

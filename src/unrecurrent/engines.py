@@ -101,9 +101,10 @@ class LoopEngine:
         if isinstance(module, SelfKeeping):
             module.keep_before_use()
         self.kind = _kind_of(module)
-        self.hidden_size = int(module.hidden_size)
+        self.hidden_size: int = module.hidden_size  # type: ignore[assignment]
         self.parts = 2 if "lstm" in self.kind else 1
-        self.layers = [_layer_weights(module, index, self.kind) for index in range(int(module.num_layers))]
+        depth: int = module.num_layers  # type: ignore[assignment]
+        self.layers = [_layer_weights(module, index, self.kind) for index in range(depth)]
         in_c = kernels.Recurrence.takes(self.layers[0].weight_hh.dtype)
         self.compiled = [layer.compiled(self.kind) for layer in self.layers] if in_c else None
 
@@ -134,8 +135,7 @@ class LoopEngine:
         """One layer over x `(steps, rows, D)` into y; returns the new cell state where there is one."""
         if self.compiled is not None:
             cells = tuple(cell.clone(memory_format=torch.contiguous_format) for cell in cells)
-            h = h.contiguous()
-            self.compiled[index].run(x, h, *(cells or (h,)), y)
+            self.compiled[index].run(x, h.contiguous(), cells[0] if cells else None, y)
         elif self.kind == "gru":
             _gru(self.layers[index], x, h, y)
         else:
@@ -184,7 +184,8 @@ def _layer_weights(module: nn.Module, index: int, kind: str) -> _Layer:
     def tensor(name: str) -> Tensor:
         return getattr(module, f"{name}_l{index}").detach()
 
-    size, weight_ih, weight_hh = int(module.hidden_size), tensor("weight_ih"), tensor("weight_hh")
+    weight_ih, weight_hh = tensor("weight_ih"), tensor("weight_hh")
+    size = weight_hh.shape[1]
     bias, candidate_bias = weight_hh.new_zeros(len(weight_hh)), weight_hh.new_zeros(size)
     if module.bias:
         recurrent_bias = tensor("bias_hh").clone()

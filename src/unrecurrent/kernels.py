@@ -338,10 +338,11 @@ class Recurrence:
     def takes(dtype: torch.dtype) -> bool:
         return dtype is torch.float32 and library(RECURRENCE) is not None
 
-    def run(self, x: Tensor, h: Tensor, cell: Tensor, y: Tensor) -> None:
+    def run(self, x: Tensor, h: Tensor, cell: Tensor | None, y: Tensor) -> None:
         """Read x `(steps, rows, D)` from h `(rows, H)`; write y `(steps, rows, H)`, and the new cell state in place."""
         x = x if x.stride(-1) == 1 else x.contiguous()
-        given = (ctypes.byref(_Series.of(x)), _pointer(h), _pointer(cell), ctypes.byref(_Series.of(y)))
+        states = (_pointer(h), _pointer(h if cell is None else cell))
+        given = (ctypes.byref(_Series.of(x)), *states, ctypes.byref(_Series.of(y)))
         assert self._functions is not None
         self._functions.run_steps(ctypes.byref(self._layer), *x.shape[:2], *given, torch.get_num_threads())
 

@@ -93,7 +93,15 @@ _SERIES_RECIPES = {
 
 # Words: a large table of words, tied, and hundreds of units behind it. Chosen on WikiText-2's validation data after a
 # few short trials of learning rate, batch size and dropout with the LSTM and the RNN; the others were not tuned.
-_WORDS = TrainingConfig(epochs=6, learning_rate=4e-3, batch_size=16, piece=35, schedule="cosine", sampled_words=2048)
+_WORDS = TrainingConfig(
+    epochs=6,
+    learning_rate=4e-3,
+    batch_size=16,
+    piece=35,
+    schedule="cosine",
+    sampled_words=2048,
+    frequency_bias=True,
+)
 _WORD_SETTINGS: Settings = {"embedding_size": 256, "tied": True, "dropout": 0.3, "input_dropout": 0.3}
 _WORD_RECIPES = {
     "rnn": Recipe(_WORD_SETTINGS, replace(_WORDS, learning_rate=1.5e-3)),

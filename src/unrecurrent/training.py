@@ -39,9 +39,10 @@ class TrainingConfig:
     `epochs` passes over the data, of which the last may be cut short (0.3: the first 30 % of one pass),
     `patience` the epochs without a better validation loss after which training stops (`None`: never).
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
-    each epoch that is no better). Two fields concern predictions over a large vocabulary: `softmax`, the type its
-    products are made in while training (`float32`, `bfloat16`), and `sampled_words`, how many words normalise them in
-    a training step (0: all). What a trained model scores is always exact and in float32.
+    each epoch that is no better). Three fields concern predictions over a large vocabulary: `softmax`, the type its
+    products are made in while training (`float32`, `bfloat16`), `sampled_words`, how many words normalise them in
+    a training step (0: all), and `frequency_bias`, whether the biases of the readout start at the logarithms of the
+    words' frequencies (else as the model has them). What a trained model scores is always exact and in float32.
     """
 
     epochs: float = 20
@@ -56,6 +57,7 @@ class TrainingConfig:
     patience: int | None = None
     sampled_words: int = 0
     softmax: str = "float32"
+    frequency_bias: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -182,9 +184,25 @@ def word_sampler(task: Task, examples: Sequence[Example], config: TrainingConfig
     """Return what draws the words that normalise a training step (`None`: all of them do)."""
     if not (task.large_vocabulary and config.sampled_words):
         return None
-    counts = sum(torch.bincount(targets, minlength=task.outputs) for _, targets in examples)
-    assert isinstance(counts, Tensor)
-    return WordSampler(counts, config.sampled_words)
+    return WordSampler(word_counts(task, examples), config.sampled_words)
+
+
+def word_counts(task: Task, examples: Sequence[Example]) -> Tensor:
+    """Return how often each word is a target, `(V,)`."""
+    counts = torch.zeros(task.outputs, dtype=torch.int64)
+    for _, targets in examples:
+        counts += torch.bincount(targets, minlength=task.outputs)
+    return counts
+
+
+@torch.no_grad()
+def start_at_frequencies(model: SequenceModel, counts: Tensor) -> None:
+    """Set the readout's biases to the logarithms of the words' frequencies: `b_j = log(n_j / Σ n)`, with n_j >= 1.
+
+    A model that knows nothing yet then predicts these frequencies, rather than spend its first steps on finding them.
+    """
+    counts = counts.clamp(min=1).double()
+    model.readout.bias.copy_((counts / counts.sum()).log())
 
 
 class Scores(NamedTuple):
@@ -302,9 +320,11 @@ class TrainingRun:
 
     def _prepare(self) -> None:
         self.model = build_model(self.model_name, task_interface(self.task), self.settings).to(self.device)
+        self.examples: dict[Split, Sequence[Example]] = {s: self.task.load(s) for s in ("train", "valid")}
+        if self.config.frequency_bias and self.task.large_vocabulary:
+            start_at_frequencies(self.model, word_counts(self.task, self.examples["train"]))
         self.optimizer = make_optimizer(self.model, self.config)
         self.best = _copied(self.model.state_dict())
-        self.examples: dict[Split, Sequence[Example]] = {s: self.task.load(s) for s in ("train", "valid")}
         self.sampler = word_sampler(self.task, self.examples["train"], self.config)
         batches = batch_count(self.task, self.examples["train"], self.config)
         self.steps = max(1, round(self.config.epochs * batches))
