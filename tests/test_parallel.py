@@ -510,13 +510,21 @@ def test_auto_never_answers_wrongly():
             assert_same(run_parallel(module, x[:500])[:2], module(x[:500]), 0)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.GRU(3, 5, num_layers=2), lambda: StableLSTM(3, 5, rate=0.9)])
+CERTIFIED = [
+    lambda: nn.GRU(3, 5, num_layers=2),
+    lambda: StableLSTM(3, 5, rate=0.9),
+    lambda: StableRNN(3, 24, rate=0.8),
+    lambda: StableRNN(3, 12, num_layers=2, rate=0.6),
+]
+
+
+@pytest.mark.parametrize("make", CERTIFIED)
 @pytest.mark.parametrize("warmup", [3, 12, 30])
 def test_certificate_bounds_every_output(make, warmup):
     module = make().double()
     with torch.no_grad():
         for name, weight in module.named_parameters():
-            if isinstance(module, nn.GRU) and "weight_hh" in name:
+            if type(module) is nn.GRU and "weight_hh" in name:
                 weight.mul_(0.2)
     x, h0 = torch.rand(300, 2, 3, dtype=torch.float64) * 2 - 1, None
     certificate = certify(module, input_bound=1.0)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unrecurrent.certificate import Certificate
+from unrecurrent.cells import StackedCell
+from unrecurrent.certificate import Certificate, Proof
 from unrecurrent.chunks import Attempt, Gain, GiveUp, Plan
 from unrecurrent.engines import State, is_stock
 from unrecurrent.evidence import Options
@@ -136,47 +137,56 @@ class Check:
         return None
 
     def _prove(self, certificate: Certificate) -> None:
-        error = self._boundary_error(certificate)
-        bound, self.end_error = _propagated(certificate, error, self.attempt.plan)
+        bound, self.end_error = _propagated(certificate, self._boundary_errors(certificate), self.attempt.plan)
         self.bound = bound if math.isfinite(bound) else None
 
     def _packed(self, state: State) -> Any:
         return state[0] if len(state) == 1 else state
 
-    def _boundary_error(self, certificate: Certificate) -> Tensor:
+    def _boundary_errors(self, certificate: Certificate) -> Tensor:
+        """What the start states of chunks may be off by, component by component: a row for each boundary."""
         starts = tuple(part.detach().flatten(1, 2) for part in self.attempt.starts)
         ends = tuple(part[:, :-1].detach().flatten(1, 2) for part in self.attempt.ends)
         apart = certificate.flatten(self._packed(starts)) - certificate.flatten(self._packed(ends))
-        error = apart.double().abs().amax(0).cpu()
-        return error if self.carry.error is None else torch.maximum(error, self.carry.error)
+        errors = apart.double().abs().cpu()
+        return errors if self.carry.error is None else torch.cat([errors, self.carry.error[None]])
 
 
-def _propagated(certificate: Certificate, error: Tensor, plan: Plan) -> tuple[float, Tensor]:
-    """Bound on every output and on the end state, from the error propagator T and the errors at the boundaries.
+def _propagated(certificate: Certificate, errors: Tensor, plan: Plan) -> tuple[float, Tensor]:
+    """Bound on every output and on the end state, from the errors at the boundaries: the best of what proofs say.
 
-    With v the largest error at a boundary, component by component, and T^n(v) ≤ θ v over a chunk, every start state is
-    within v / (1 - θ), since e_c = T^L(e_{c-1}) + mismatch_c, and the output n steps on within T^n(v) / (1 - θ). T is
-    monotone and homogeneous, so once T^J(v) ≤ θ' v the later steps repeat the first J, shrunk, and need no computing.
+    With v the largest error at a boundary, component by component or in the norms of the proof, T the error propagator
+    and T^n(v) ≤ θ v over a chunk, every start state is within v / (1 - θ), since e_c = T^L(e_{c-1}) + mismatch_c, and
+    the output n steps on within T^n(v) / (1 - θ). T is monotone and homogeneous, so once T^J(v) ≤ θ' v the later steps
+    repeat the first J, shrunk, and need no computing.
     """
-    if not error.any():
-        return 0.0, error
-    bound = _bound_from(certificate, error.clamp(min=1e-3 * error.max().item()), plan)
-    weights = certificate.weights
-    if math.isinf(bound[0]) and weights is not None:  # in the norm of the proof T shrinks from the first step on
-        bound = _bound_from(certificate, (error / weights).max() * weights, plan)
+    if not errors.any():
+        return 0.0, errors.amax(0)
+    cell = certificate.cell
+    assert cell is not None
+    bounds = [_bound_by(proof, cell, errors, plan) for proof in certificate.proofs if proof.contracts]
+    return min(bounds, key=lambda bound: bound[0])
+
+
+def _bound_by(proof: Proof, cell: StackedCell, errors: Tensor, plan: Plan) -> tuple[float, Tensor]:
+    error, weights = proof.pack(errors, cell.sizes).amax(0), proof.weights
+    bound = _bound_from(proof, cell, error.clamp(min=1e-3 * error.max().item()), plan)
+    if math.isinf(bound[0]) and math.isfinite(float(weights.max() / weights.min())):
+        # In the norm of the proof T shrinks from the first step on.
+        bound = _bound_from(proof, cell, (error / weights).max() * weights, plan)
     return bound
 
 
-def _bound_from(certificate: Certificate, v: Tensor, plan: Plan) -> tuple[float, Tensor]:
+def _bound_from(proof: Proof, cell: StackedCell, v: Tensor, plan: Plan) -> tuple[float, Tensor]:
     """The same from errors of at most v at every boundary; infinite where T^n(v) does not come to lie below v."""
     e, worst_hidden, growth = v, 0.0, 1.0
     for _ in range(plan.length - plan.offset):
-        e = certificate.propagate(e)
-        worst_hidden = max(worst_hidden, certificate.hidden(e).max().item())
+        e = proof.propagator.propagate(e)
+        worst_hidden = max(worst_hidden, cell.hidden(proof.components(e)).max().item())
         shrink, growth = (e / v).max().item(), max(growth, (e / v).max().item())
         if shrink * growth <= 0.5:
             break
     theta = shrink * growth
     if theta >= 1:
-        return float("inf"), torch.full_like(v, float("inf"))
-    return worst_hidden / (1 - theta), v * (theta / (1 - theta))
+        return float("inf"), torch.full((cell.state_size,), float("inf"), dtype=v.dtype)
+    return worst_hidden / (1 - theta), proof.components(v) * (theta / (1 - theta))

@@ -281,6 +281,24 @@ class Proof:
     def contracts(self) -> bool:
         return self.rate < 1 - STABLE_MARGIN
 
+    def pack(self, errors: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Errors of the components of a state (..., state_size), layers of these sizes, as the propagator keeps them.
+
+        That is as they are, or one norm a layer.
+        """
+        norms = self._norms()
+        parts = zip(norms, errors.split(list(sizes), -1), strict=True) if norms else ()
+        return torch.stack([norm.of(part) for norm, part in parts], -1) if norms else errors
+
+    def components(self, errors: Tensor) -> Tensor:
+        """What such errors allow each component of the state (..., state_size)."""
+        norms = self._norms()
+        parts = [norm.components(errors[..., n : n + 1]) for n, norm in enumerate(norms)]
+        return torch.cat(parts, -1) if norms else errors
+
+    def _norms(self) -> list[NormPropagator]:
+        return [layer for layer in self.propagator.layers if isinstance(layer, NormPropagator)]
+
     def horizon(self, eps: float, readout: Readout) -> int | None:
         """Smallest k such that T^j(e_0) changes the readout by at most `eps` for *every* j ≥ k; None without proof.
 
@@ -475,8 +493,12 @@ class Certificate:
 
         Both states must lie within the invariant bounds and read the same inputs.
         """
-        cell = self._cell()
-        bounds = [_propagate(proof.propagator, cell, e, steps) for proof in self.proofs]
+        sizes, bounds = self._cell().sizes, []
+        for proof in self.proofs:
+            packed = proof.pack(e, sizes)
+            for _ in range(steps):
+                packed = proof.propagator.propagate(packed)
+            bounds.append(proof.components(packed))
         return torch.stack(bounds).amin(0)
 
     def hidden(self, e: Tensor) -> Tensor:
@@ -562,20 +584,6 @@ def checked_eps(eps: Any) -> float:
 def _summary(certificate: Certificate) -> str:
     rate = "no bound on the rate" if certificate.rate is None else f"rate {certificate.rate:.6g}"
     return f"{'stable' if certificate.stable else 'not proved stable'}, {rate} ({certificate.method})"
-
-
-def _propagate(propagator: Stack, cell: StackedCell, e: Tensor, steps: int) -> Tensor:
-    """T^steps(e), for errors component by component even where the propagator keeps one norm a layer."""
-    norms = [layer for layer in propagator.layers if isinstance(layer, NormPropagator)]
-    if not norms:
-        for _ in range(steps):
-            e = propagator.propagate(e)
-        return e
-    parts = zip(norms, e.split(cell.sizes, -1), strict=True)
-    packed = torch.stack([norm.of(part) for norm, part in parts], -1)
-    for _ in range(steps):
-        packed = propagator.propagate(packed)
-    return torch.cat([norm.components(packed[..., n : n + 1]) for n, norm in enumerate(norms)], -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
