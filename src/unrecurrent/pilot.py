@@ -13,6 +13,7 @@ _PILOT_HISTORY = 32
 _PILOT_ROWS = 16
 CHECKED_SHARE = 0.8  # of the sequential run: what may be spent in all once the boundaries agree
 _PILOT_SHARE = 0.05
+_COMPARED = 1.25  # of a run: what it takes where its inputs are moved and all of its outputs compared
 _MOST_ROWS = 4096
 
 
@@ -58,7 +59,7 @@ def _predicted(plan: Plan, batch: int, ledger: Ledger) -> float:
 def _seconds(plan: Plan, batch: int, cost: StepCost, runs_twice: bool) -> tuple[float, float]:
     """What a run costs by the model, and what its check does where that is a second run."""
     a_step = cost.batched(plan.chunks * batch)
-    return (plan.warmup + plan.length) * a_step, plan.length * a_step if runs_twice else 0.0
+    return (plan.warmup + plan.length) * a_step, plan.length * a_step * _COMPARED if runs_twice else 0.0
 
 
 def left_for_the_rest(reason: TryAPart, part: int, rest: int, batch: int) -> float:
