@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from late_look import LooksLate, late_inputs
-from unrecurrent import engines, kernels
+from unrecurrent import engines, kernels, parallel
 from unrecurrent.certificate import certify
 from unrecurrent.engines import (
     LoopEngine,
@@ -552,6 +552,30 @@ def test_a_slow_certificate_bounds_short_chunks():
     assert 0 < off <= evidence.bound
 
 
+@torch.no_grad()
+def test_a_certificate_proves_nothing_after_a_span_that_was_only_measured(monkeypatch):
+    """In the first of two spans an input lies outside of what is certified; what its end is off by is then measured."""
+    module = nn.RNN(1, 1, num_layers=2, nonlinearity="relu").double()
+    for parameter in module.parameters():
+        parameter.zero_()
+    for name, value in (
+        ("weight_ih_l0", 1.0),
+        ("weight_hh_l0", 0.9),
+        ("weight_ih_l1", 50.0),
+        ("bias_ih_l1", -601.0),
+        ("weight_hh_l1", 0.1),
+    ):
+        getattr(module, name).fill_(value)
+    x = torch.ones(400, 1, 1, dtype=torch.float64)
+    x[0], x[200:210], x[210:] = 3.5, 3.0, -3.0
+    monkeypatch.setattr(parallel, "_SPAN_BYTES", 1)
+    monkeypatch.setattr(parallel, "_SHORTEST", 100)
+    certificate, out = certify(module, input_bound=3.0), torch.empty(400, 1, 1, dtype=torch.float64)
+    assert certificate.stable
+    run_parallel(module, x, chunks=10, warmup=50, tol=0.1, certificate=certificate, out=out)
+    assert (out - module(x)[0]).abs().max() <= 0.1
+
+
 def test_certificate_that_does_not_hold_is_not_used():
     module, x = StableLSTM(3, 5, rate=0.9), torch.randn(300, 1, 3)
     certificate = certify(module, input_bound=0.01)
@@ -810,6 +834,59 @@ def test_compiled_recurrence_keeps_what_is_not_a_number_and_bears_what_is_large(
     y, _ = engine.advance(x, engine.zero_state(4))
     own, _ = module(x)
     torch.testing.assert_close(y, own, atol=5e-6, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.skipif(not kernels.Recurrence.takes(torch.float32), reason="needs a C compiler")
+@torch.no_grad()
+def test_compiled_recurrence_reads_what_is_negated_when_it_is_read_and_nothing_at_all():
+    engine, x = LoopEngine(nn.GRU(4, 8)), torch.randn(9, 3, 4)
+    y, _ = engine.advance(-x, engine.zero_state(3))
+    assert torch.equal(engine.advance(torch._neg_view(x), engine.zero_state(3))[0], y)
+    assert engine.advance(x[:, :0], engine.zero_state(0))[0].shape == (9, 0, 8)
+
+
+class Doubled(StableLSTM):
+    def _run(self, x, h, c):
+        y, h, c = super()._run(x, h, c)
+        return 2 * y, h, c
+
+
+class CalledTwice(nn.LSTM):
+    def __call__(self, *args):
+        y, state = super().__call__(*args)
+        return 2 * y, state
+
+
+class Named(nn.GRU):
+    """What it is called and how it is made change nothing about it."""
+
+    note = "mine"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.extra = 3
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, {self.extra}"
+
+
+def halved(module):
+    run = module._run
+    module._run = lambda x, h, c: (run(x, h, c)[0] / 2, h, c)
+    return module
+
+
+@pytest.mark.parametrize("make", [Doubled, CalledTwice, lambda *sizes: halved(StableLSTM(*sizes))])
+@torch.no_grad()
+def test_a_layer_with_methods_of_its_own_is_taken_as_the_users_module(make):
+    module, x = make(4, 8), torch.randn(600, 1, 4)
+    assert not engines.is_stock(module)
+    y, _, _ = run_parallel(module, x, chunks=8, warmup=60)
+    assert (y - module(x)[0]).abs().max() <= 1e-4
+    assert engines.is_stock(Named(4, 8))
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not engines.is_stock(nn.LSTM(4, 8))
+    hook.remove()
 
 
 @pytest.mark.parametrize("kind", [StableRNN, StableGRU, StableLSTM])

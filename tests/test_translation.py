@@ -14,7 +14,7 @@ from unrecurrent.models import Interface, build_model
 from unrecurrent.speed import timers_of
 from unrecurrent.tasks import get_task
 from unrecurrent.tasks.translation import BEGIN, END, bleu
-from unrecurrent.training import TrainingConfig, TrainingRun, assess, scored_batches, task_interface
+from unrecurrent.training import TrainingConfig, TrainingRun, assess, scored_batches, task_interface, word_counts
 
 GERMAN = ["Ein Hund läuft.", "Eine Katze schläft.", "Ein Mann läuft, schnell.", "Eine Frau schläft."]
 ENGLISH = ["A dog runs.", "A cat sleeps.", "A man runs, fast.", "A woman sleeps."]
@@ -53,6 +53,13 @@ def test_a_pair_is_one_sequence_whose_second_half_counts(few):
     assert len(task.load("train")) == 32
     assert torch.equal(task.load("train")[-1].inputs, task.load("train")[31].inputs)
     assert get_task("multi30k", data_dir=few).digest() == task.digest()
+
+
+def test_words_are_counted_where_they_are_predicted(few):
+    examples = few.load("train")
+    counts = word_counts(few, examples)
+    assert int(counts.sum()) == sum(int(few.mask(example).sum()) for example in examples)
+    assert counts[END] == len(examples)
 
 
 def test_a_model_that_has_learnt_them_writes_the_translations(tmp_path):

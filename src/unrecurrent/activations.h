@@ -18,7 +18,7 @@ static inline float exponential(float x) {
     series = series * r + 0.5f;
     series = series * r + 1.0f;
     series = series * r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    int32_t bits = ((int32_t)(n == n ? n : 0) + 127) << 23; /* NaN is no whole number; it stays in the series */
     float power;
     memcpy(&power, &bits, sizeof power);
     return series * power;

@@ -131,6 +131,9 @@ class Check:
         if not is_stock(self.attempt.module):
             self.note = "the certificate is about layers as torch runs them, not as this module does: measured instead"
             return None
+        if self.carry.mismatch > 0 and self.carry.error is None:
+            self.note = "how far off the start state of this span may be was measured, so that nothing is proved"
+            return None
         if certificate.stable and certificate.holds_for(self.attempt.x.detach(), self._packed(self.attempt.h0)):
             return certificate
         self.note = "the certificate does not hold for these inputs and this start state: measured instead"
@@ -165,7 +168,7 @@ def _propagated(certificate: Certificate, errors: Tensor, plan: Plan) -> tuple[f
     cell = certificate.cell
     assert cell is not None
     bounds = [_bound_by(proof, cell, errors, plan) for proof in certificate.proofs if proof.contracts]
-    return min(bounds, key=lambda bound: bound[0])
+    return min(bounds, key=lambda bound: max(bound[0], float(bound[1].max())))
 
 
 def _bound_by(proof: Proof, cell: StackedCell, errors: Tensor, plan: Plan) -> tuple[float, Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from unrecurrent.engines import Engine, State, StepCost
 
-_BLOCK = 16  # steps between two looks at the states
-_LONG_BLOCK = 128  # the same where nobody looks; bounds the working memory of stacks and of batches
+_BLOCK = 16  # steps between two looks at the states, or two kicks
+_LONG_BLOCK = 128  # steps at once where nobody looks; bounds the working memory
 
 # With verify="outputs" the inputs of the second run move by this many eps; a step itself rounds by this many.
 KICK, ROUNDING_A_STEP = 16, 4
@@ -193,7 +193,7 @@ class Attempt:
         """Run the given chunks (of 1, 2, …) again, each from the end state of the chunk before it."""
         begin_state = tuple(part[:, chunks - 1] for part in self.ends)
         state: State = tuple(part.flatten(1, 2) for part in begin_state)
-        for begin, end in self._blocks_from(self.plan.warmup):
+        for begin, end in self._blocks_from(self.plan.warmup, self.long_block):
             y, state = self._advance(self._inputs(1, begin, end)[chunks - 1], state)
             self._keep(chunks, begin, y)
         self.starts = _replace(self.starts, chunks - 1, begin_state)
@@ -216,7 +216,7 @@ class Attempt:
         state: State = tuple(torch.cat([a, b], dim=1).flatten(1, 2) for a, b in zip(base, other, strict=True))
         size = apart = _far(base, other)
         worst, steps = torch.zeros_like(size), 0
-        for begin, end in self._blocks_from(first_step):
+        for begin, end in self._blocks_from(first_step, self.block):
             steps += end - begin
             inputs = self._inputs(least, begin, end)[chunks - least]
             y, state = self._advance(torch.cat([inputs, inputs]), state)
@@ -275,7 +275,7 @@ class Attempt:
             yield row, y.sub_(kept).abs_().flatten(2).amax(2), self._split(state)
 
     def _advance_kicked(self, inputs: Tensor, state: State, begin: int) -> tuple[Tensor, State]:
-        """Advance chunks and move their states after each block; the states' parts are moved differently each time."""
+        """Advance chunks and move their states after each block, each time by other signs."""
         pieces = []
         for part in inputs.split(_BLOCK, dim=1):
             y, state = self._advance(part, state)
@@ -284,10 +284,10 @@ class Attempt:
             pieces.append(y)
         return torch.cat(pieces, dim=1), state
 
-    def _blocks_from(self, step: int) -> Iterator[tuple[int, int]]:
+    def _blocks_from(self, step: int, block: int) -> Iterator[tuple[int, int]]:
         end = self.plan.warmup + self.plan.length
-        for begin in range(step, end, self.block):
-            yield begin, min(end, begin + self.block)
+        for begin in range(step, end, block):
+            yield begin, min(end, begin + block)
 
 
 class Gain(NamedTuple):
@@ -328,7 +328,7 @@ def _rounding(state: State) -> float:
 
 
 def _kicked(values: Tensor, seed: int = 1) -> Tensor:
-    """Numbers moved by ± `KICK` eps of the largest of them, rows alike; symbols stay as they are."""
+    """Numbers moved by ± `KICK` eps of the largest, by the same signs along dimension 0; symbols stay as they are."""
     if not values.is_floating_point():
         return values
     generator = torch.Generator().manual_seed(seed)

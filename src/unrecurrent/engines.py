@@ -22,7 +22,7 @@ from unrecurrent.self_keeping import SelfKeeping
 
 State = tuple[Tensor, ...]
 
-# As many as chunks advance at once; the longer where the shorter takes less than _SHORT_RUN seconds.
+# The longer, nearer to the blocks of a run, where the shorter takes less than _SHORT_RUN seconds.
 _CALIBRATION_STEPS = (16, 64)
 _SHORT_RUN = 5e-4
 _FEW_ROWS, _MANY_ROWS = 24, 192
@@ -112,7 +112,7 @@ class LoopEngine:
     def takes(module: nn.Module, dtype: torch.dtype) -> bool:
         """Whether the layer has a loop here for numbers of that type."""
         known = type(module) in (nn.RNN, nn.GRU, nn.LSTM) or isinstance(module, SelfKeeping)
-        if not known or module.bidirectional or module.proj_size or not is_stock(module):
+        if not (known and is_stock(module)) or module.bidirectional or module.proj_size:
             return False
         plain = "lstm" not in _kind_of(module) and dtype in (torch.float32, torch.float64)
         return plain or kernels.Recurrence.takes(dtype)
@@ -135,7 +135,7 @@ class LoopEngine:
         """One layer over x `(steps, rows, D)` into y; returns the new cell state where there is one."""
         if self.compiled is not None:
             cells = tuple(cell.clone(memory_format=torch.contiguous_format) for cell in cells)
-            self.compiled[index].run(x, h.contiguous(), cells[0] if cells else None, y)
+            self.compiled[index].run(x, h.resolve_neg().contiguous(), cells[0] if cells else None, y)
         elif self.kind == "gru":
             _gru(self.layers[index], x, h, y)
         else:
@@ -205,13 +205,28 @@ def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engin
     return LoopEngine(module)
 
 
+#: what a subclass may define without changing what a layer computes
+_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters"}
+
+
 def is_stock(module: nn.Module) -> bool:
-    """Whether a recurrent layer does what its weights say: the forward of its kind, and no hooks around it."""
+    """Whether a recurrent layer does what its weights say: torch's or the package's, nothing replaced, no hooks."""
     if not isinstance(module, nn.RNNBase) and not hasattr(module, "cell_kind"):
         return False
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    home = type(module).forward.__module__
-    return not hooked and (home == nn.RNNBase.__module__ or home.startswith(f"{__package__}."))
+    hooked = module._forward_hooks or module._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
+    patched = any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
+    return not (hooked or patched or _overridden(type(module)))
+
+
+def _overridden(kind: type) -> bool:
+    """Whether a class from elsewhere puts something of its own in the place of what a layer has."""
+    known = {name for parent in kind.__mro__ if _is_ours(parent) for name in vars(parent)}
+    foreign = {name for parent in kind.__mro__ if not _is_ours(parent) for name in vars(parent)}
+    return bool({name for name in foreign & known if not name.startswith("__") or name == "__call__"} - _HARMLESS)
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in ("torch", __package__, "builtins")
 
 
 def refuse_dropout(module: nn.Module) -> None:

@@ -340,6 +340,7 @@ class Recurrence:
 
     def run(self, x: Tensor, h: Tensor, cell: Tensor | None, y: Tensor) -> None:
         """Read x `(steps, rows, D)` from h `(rows, H)`; write y `(steps, rows, H)`, and the new cell state in place."""
+        x = x.resolve_neg()  # a view that is negated when it is read has the memory of what is not
         x = x if x.stride(-1) == 1 else x.contiguous()
         states = (_pointer(h), _pointer(h if cell is None else cell))
         given = (ctypes.byref(_Series.of(x)), *states, ctypes.byref(_Series.of(y)))

@@ -169,9 +169,10 @@ static void run_rows(const Layer *layer, int steps, int rows, Series x, const fl
 }
 
 /* h (rows, size) is the hidden state before, cell (rows, size) the cell state, which becomes that after (a layer without
-   one does not touch it). Threads get the same number of rows, or one less. */
+   one does not touch it). Threads, where there are several, get the same number of rows, or one less. */
 void run_steps(const Layer *layer, int steps, int rows, const Series *x, const float *h, float *cell, const Series *y,
                int threads) {
+    if (rows <= 0) return;
     int most = threads * MOST_TILES * TILE, parts = (rows + most - 1) / most * threads;
     int share = (rows + parts - 1) / parts;
     #pragma omp parallel for schedule(static, 1) num_threads(threads)

@@ -188,10 +188,11 @@ def word_sampler(task: Task, examples: Sequence[Example], config: TrainingConfig
 
 
 def word_counts(task: Task, examples: Sequence[Example]) -> Tensor:
-    """Return how often each word is a target, `(V,)`."""
+    """Return how often each word is a target at the steps that count, `(V,)`."""
     counts = torch.zeros(task.outputs, dtype=torch.int64)
-    for _, targets in examples:
-        counts += torch.bincount(targets, minlength=task.outputs)
+    for example in examples:
+        mask = task.mask(example)
+        counts += torch.bincount(example.targets if mask is None else example.targets[mask], minlength=task.outputs)
     return counts
 
 
