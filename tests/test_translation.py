@@ -56,9 +56,10 @@ def test_a_pair_is_one_sequence_whose_second_half_counts(few):
 
 
 def test_words_are_counted_where_they_are_predicted(few):
-    examples = few.load("train")
-    counts = word_counts(few, examples)
-    assert int(counts.sum()) == sum(int(few.mask(example).sum()) for example in examples)
+    task = get_task("multi30k", data_dir=few)
+    examples = task.load("train")
+    counts = word_counts(task, examples)
+    assert int(counts.sum()) == sum(int(task.mask(example).sum()) for example in examples)
     assert counts[END] == len(examples)
 
 
