@@ -103,6 +103,9 @@ for rate in (0.8, 0.95, 0.98, 0.995):
         ROWS[f"{model}-{rate}"] = Row(model, "price", size(256) | {"rate": rate}, {"epochs": 3})
 for model in ("lstm", "stable-lstm", "gru"):
     ROWS[f"{model}-3"] = Row(model, "price", size(256), {"epochs": 3})
+ROWS["lstm-1"] = Row("lstm", "truncated", size(256), {"epochs": 1})
+for k in TRUNCATED:
+    ROWS[f"ngram-lstm-{k}"] = Row("ngram-lstm", "truncated", size(256) | {"k": k}, {"epochs": 1})
 
 
 def job(name: str, task: Task, seed: int) -> Job:
