@@ -48,9 +48,9 @@ class Check:
         self.attempt.ledger.limit = self.attempt.ledger.checked_limit
         certificate = self._certificate()
         if certificate is not None:
-            self._prove(certificate)
             assert certificate.rate is not None
             rounding = self._rounding_a_step() / (1 - certificate.rate)
+            self._prove(certificate, self.options.tol - rounding)
             if self._proved_error() + rounding <= self.options.tol:
                 self.error = self._proved_error() + rounding
                 return
@@ -68,7 +68,7 @@ class Check:
                 else f"the start state of this span is uncertain by {self.carry.mismatch:.1e}"
             )
         if certificate is not None:
-            self._prove(certificate)
+            self._prove(certificate, self.options.tol)
 
     def _rounding_a_step(self) -> float:
         """How far a step of the batched run and one of the module itself may differ: an eps of the largest state."""
@@ -139,8 +139,9 @@ class Check:
         self.note = "the certificate does not hold for these inputs and this start state: measured instead"
         return None
 
-    def _prove(self, certificate: Certificate) -> None:
-        bound, self.end_error = _propagated(certificate, self._boundary_errors(certificate), self.attempt.plan)
+    def _prove(self, certificate: Certificate, enough: float) -> None:
+        errors = self._boundary_errors(certificate)
+        bound, self.end_error = _propagated(certificate, errors, self.attempt.plan, enough)
         self.bound = bound if math.isfinite(bound) else None
 
     def _packed(self, state: State) -> Any:
@@ -155,33 +156,51 @@ class Check:
         return errors if self.carry.error is None else torch.cat([errors, self.carry.error[None]])
 
 
-def _propagated(certificate: Certificate, errors: Tensor, plan: Plan) -> tuple[float, Tensor]:
-    """Bound on every output and on the end state, from the errors at the boundaries: the best of what proofs say.
+class _Bound(NamedTuple):
+    """What is proved: about every output, and about the end state, component by component."""
+
+    outputs: float
+    end: Tensor
+
+    @property
+    def largest(self) -> float:
+        return max(self.outputs, float(self.end.max()))
+
+
+def _propagated(certificate: Certificate, errors: Tensor, plan: Plan, enough: float) -> _Bound:
+    """Bounds from the errors at the boundaries: the first that is small enough, else the best of what proofs say.
 
     With v the largest error at a boundary, component by component or in the norms of the proof, T the error propagator
     and T^n(v) ≤ θ v over a chunk, every start state is within v / (1 - θ), since e_c = T^L(e_{c-1}) + mismatch_c, and
     the output n steps on within T^n(v) / (1 - θ). T is monotone and homogeneous, so once T^J(v) ≤ θ' v the later steps
-    repeat the first J, shrunk, and need no computing.
+    repeat the first J, shrunk, and need no computing. None do where v is a multiple of the weights w of the proof, for
+    T(w) ≤ rate · w.
     """
-    if not errors.any():
-        return 0.0, errors.amax(0)
     cell = certificate.cell
     assert cell is not None
-    bounds = [_bound_by(proof, cell, errors, plan) for proof in certificate.proofs if proof.contracts]
-    return min(bounds, key=lambda bound: max(bound[0], float(bound[1].max())))
+    if not errors.any():
+        return _Bound(0.0, errors.amax(0))
+    proofs = [proof for proof in certificate.proofs if proof.contracts]
+    at_once = min((_at_once(proof, cell, errors, plan) for proof in proofs), key=lambda bound: bound.largest)
+    if at_once.largest <= enough:
+        return at_once
+    return min((at_once, *(_step_by_step(proof, cell, errors, plan) for proof in proofs)), key=lambda b: b.largest)
 
 
-def _bound_by(proof: Proof, cell: StackedCell, errors: Tensor, plan: Plan) -> tuple[float, Tensor]:
-    error, weights = proof.pack(errors, cell.sizes).amax(0), proof.weights
-    bound = _bound_from(proof, cell, error.clamp(min=1e-3 * error.max().item()), plan)
-    if math.isinf(bound[0]) and math.isfinite(float(weights.max() / weights.min())):
-        # In the norm of the proof T shrinks from the first step on.
-        bound = _bound_from(proof, cell, (error / weights).max() * weights, plan)
-    return bound
+def _at_once(proof: Proof, cell: StackedCell, errors: Tensor, plan: Plan) -> _Bound:
+    """From the multiple of the proof's weights that covers the errors, T^n of which is at most rate^n times it."""
+    weights = proof.weights
+    if not math.isfinite(float(weights.max() / weights.min())):
+        return _nothing(cell)
+    w = (proof.pack(errors, cell.sizes).amax(0) / weights).max() * weights
+    start = proof.components(w / (1 - proof.rate ** (plan.length - plan.offset)))
+    return _Bound(proof.rate * cell.hidden(start).max().item(), proof.rate ** (plan.length - plan.offset) * start)
 
 
-def _bound_from(proof: Proof, cell: StackedCell, v: Tensor, plan: Plan) -> tuple[float, Tensor]:
-    """The same from errors of at most v at every boundary; infinite where T^n(v) does not come to lie below v."""
+def _step_by_step(proof: Proof, cell: StackedCell, errors: Tensor, plan: Plan) -> _Bound:
+    """From the errors as they are, which may grow before they shrink; nothing where they do not come to shrink."""
+    v = proof.pack(errors, cell.sizes).amax(0)
+    v = v.clamp(min=1e-3 * v.max().item())
     e, worst_hidden, growth = v, 0.0, 1.0
     for _ in range(plan.length - plan.offset):
         e = proof.propagator.propagate(e)
@@ -190,6 +209,10 @@ def _bound_from(proof: Proof, cell: StackedCell, v: Tensor, plan: Plan) -> tuple
         if shrink * growth <= 0.5:
             break
     theta = shrink * growth
-    if theta >= 1:
-        return float("inf"), torch.full((cell.state_size,), float("inf"), dtype=v.dtype)
-    return worst_hidden / (1 - theta), proof.components(v) * (theta / (1 - theta))
+    if not theta < 1:
+        return _nothing(cell)
+    return _Bound(worst_hidden / (1 - theta), proof.components(v) * (theta / (1 - theta)))
+
+
+def _nothing(cell: StackedCell) -> _Bound:
+    return _Bound(math.inf, torch.full((cell.state_size,), math.inf, dtype=torch.float64))

@@ -64,7 +64,10 @@ class Interval:
 
     def contains(self, values: Tensor) -> bool:
         """Whether all rows of `values` (..., n) lie in the interval (n,); NaN never does."""
-        return bool(((values >= self.low) & (values <= self.high)).all())
+        if not values.numel():
+            return True
+        low, high = values.reshape(-1, values.shape[-1]).aminmax(dim=0)  # NaN, where there is one
+        return bool(((low >= self.low) & (high <= self.high)).all())
 
     def split(self, size: int) -> tuple["Interval", ...]:
         """Consecutive intervals of `size` components each."""
@@ -475,6 +478,8 @@ class DenseCell(Cell):
 
     def allows(self, x: Tensor) -> bool:
         """Whether the drive of all inputs x (..., D) stays in the range the bounds were made for."""
+        if not bool((self.drive.low.isfinite() | self.drive.high.isfinite()).any()):
+            return bool(x.isfinite().all())
         rows = x.detach().reshape(-1, x.shape[-1]).split(CHUNK)
         return all(self.drive.contains(_float64(part) @ self.weight_ih.T + self.drive_bias()) for part in rows)
 

@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from unrecurrent.certificate import certify
 from unrecurrent.chunks import Plan
 from unrecurrent.parallel import chunked_reference, run_parallel
+from unrecurrent.stability import StableGRU, StableRNN
+from unrecurrent.stable_lstm import StableLSTM
 from unrecurrent.truncation import truncate, windowed_reference
 
 
@@ -66,6 +69,32 @@ def test_the_answer_is_within_tol_or_the_modules_own(case, verify):
     # the gain is measured along one random direction; a dozen state components can hide a factor of three
     assert all((a - b).abs().max() <= 4 * tol for a, b in parts)
     assert evidence.error_estimate <= tol
+
+
+@st.composite
+def certified_cases(draw):
+    kind, rate = draw(st.sampled_from([nn.RNN, nn.GRU, StableRNN, StableGRU, StableLSTM])), draw(st.floats(0.5, 0.98))
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    options = {} if kind in (nn.RNN, nn.GRU) else {"rate": rate}
+    module = kind(2, draw(st.integers(1, 20)), num_layers=draw(st.integers(1, 3)), **options).double()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.mul_(0.3 if "weight_hh" in name and not options else 1.0)
+    x = torch.rand(draw(st.integers(40, 300)), draw(st.integers(1, 3)), 2, dtype=torch.float64) * 2 - 1
+    return module, x, {"chunks": draw(st.integers(2, 20)), "warmup": draw(st.integers(0, 10))}
+
+
+@given(certified_cases(), st.sampled_from([0.05, 5.0]))
+@settings(max_examples=100, deadline=None)
+def test_no_output_is_further_off_than_what_is_proved(case, tol):
+    """Warm-ups far too short, so that starts are far off; a small tol has the error followed step by step."""
+    module, x, options = case
+    certificate = certify(module, input_bound=1.0)
+    with torch.no_grad():
+        y, _, evidence = run_parallel(module, x, tol=tol, certificate=certificate, **options)
+        own, _ = module(x)
+    if evidence.bound is not None:
+        assert float((y - own).abs().max()) <= evidence.bound * (1 + 1e-9) + 1e-12
 
 
 @given(cases())
