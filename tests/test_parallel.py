@@ -889,6 +889,79 @@ def test_a_layer_with_methods_of_its_own_is_taken_as_the_users_module(make):
     hook.remove()
 
 
+class Centred(nn.Module):
+    """What it makes of a sequence depends on the others in its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 16)
+
+    def forward(self, x, h=None):
+        y, h = self.rnn(x, h)
+        return y - y.mean(1, keepdim=True), h
+
+
+@torch.no_grad()
+def test_a_module_that_looks_at_its_whole_batch_runs_step_by_step():
+    module, x = Centred(), torch.randn(4096, 4, 3) + torch.randn(1, 4, 1)
+    y, _, evidence = run_parallel(module, x, chunks=8, warmup=80)
+    assert "other sequences in its batch" in evidence.fallback
+    assert torch.equal(y, module(x)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_sums_of_large_inputs_that_nearly_cancel_round_more_than_tol(kind):
+    module, x = kind(2, 16), torch.randn(2048, 1, 2)
+    module.weight_ih_l0[:, 1] = -module.weight_ih_l0[:, 0]
+    x += 1e5
+    y, _, evidence = run_parallel(module, x, chunks=8, warmup=200)
+    assert evidence.mode == "sequential"
+    assert "rounding" in evidence.fallback
+    assert torch.equal(y, module(x)[0])
+    assert run_parallel(module, x - 1e5, chunks=8, warmup=200)[2].mode == "parallel"
+
+
+@torch.no_grad()
+def test_a_start_state_that_leaves_no_room_for_rounding_is_mended():
+    module, x = nn.GRU(3, 32), torch.randn(4096, 1, 3)
+    for warmup in range(18, 30):
+        evidence = run_parallel(module, x, chunks=16, warmup=warmup, tol=5e-6)[2]
+        assert evidence.mode == "parallel", (warmup, evidence.fallback)
+
+
+def test_dropout_between_layers_runs_the_module_while_it_trains():
+    fast, x = Parallel(nn.LSTM(3, 16, num_layers=2, dropout=0.3), chunks=4, warmup=40), torch.randn(400, 2, 3)
+    y, _ = fast.train()(x)
+    assert fast.evidence.mode == "sequential"
+    assert "dropout" in fast.evidence.fallback
+    assert fast.evidence.steps == 800
+    y.sum().backward()
+    assert fast.module.weight_hh_l0.grad is not None
+    with torch.no_grad():
+        fast.eval()(x)
+        assert fast.evidence.mode == "parallel"
+        single = nn.LSTM(3, 16).train()
+        single.dropout = 0.3  # of one layer: there is nothing between
+        assert run_parallel(single, x, chunks=4, warmup=40)[2].mode == "parallel"
+
+
+@torch.no_grad()
+def test_layers_that_only_look_different_take_the_loop():
+    lstm = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 8), "weight_hh_l0")
+    x = torch.randn(64, 5, 3)
+    for module in (lstm, Named(3, 8)):
+        assert LoopEngine.takes(module, torch.float64 if isinstance(module, nn.GRU) else torch.float32) or not (
+            kernels.Recurrence.takes(torch.float32)
+        )
+    if kernels.Recurrence.takes(torch.float32):
+        engine = LoopEngine(lstm)
+        assert (engine.advance(x, engine.zero_state(5))[0] - lstm(x)[0]).abs().max() < 5e-6
+    named = Named(3, 8)
+    named.__dict__["_compiled_call_impl"] = named._call_impl  # what compile() leaves behind
+    assert engines.is_stock(named)
+
+
 @pytest.mark.parametrize("kind", [StableRNN, StableGRU, StableLSTM])
 @torch.no_grad()
 def test_a_stable_layer_whose_weights_were_written_to_is_held_first(kind):

@@ -9,7 +9,7 @@ from torch import Tensor
 from unrecurrent.cells import StackedCell
 from unrecurrent.certificate import Certificate, Proof
 from unrecurrent.chunks import Attempt, Gain, GiveUp, Plan
-from unrecurrent.engines import State, is_stock
+from unrecurrent.engines import State, is_stock, largest_sum
 from unrecurrent.evidence import Options
 
 _GAIN_CHUNKS = 8
@@ -42,6 +42,7 @@ class Check:
         self.note: str | None = None
         self.mismatch = attempt.mismatch().detach()
         self.error = float("nan")
+        self.allowed = options.tol  # of it, what errors of start states may take
 
     def run(self) -> None:
         self._agree(None)
@@ -59,6 +60,7 @@ class Check:
         rounding = gain.rounding(self._rounding_a_step(), self.attempt.plan)
         if not rounding <= self.options.tol:
             raise GiveUp(f"rounding alone may grow to {rounding:.1e}, more than tol: use float64 or a larger tol")
+        self.allowed = self.options.tol - rounding
         self._agree(gain)
         self.error = self._errors(gain).max().item() + rounding
         if self.error > self.options.tol:
@@ -71,9 +73,12 @@ class Check:
             self._prove(certificate, self.options.tol)
 
     def _rounding_a_step(self) -> float:
-        """How far a step of the batched run and one of the module itself may differ: an eps of the largest state."""
+        """How far a step of the batched run and one of the module itself may differ: an eps of the largest number."""
         states = (*self.attempt.starts, *self.attempt.ends)
-        return torch.finfo(states[0].dtype).eps * max(1.0, *(part.detach().abs().max().item() for part in states))
+        largest = [part.detach().abs().max().item() for part in states]
+        hidden = max(1.0, largest[0], largest[len(self.attempt.starts)])
+        sums = largest_sum(self.attempt.module, self.attempt.x, hidden)
+        return torch.finfo(states[0].dtype).eps * max(1.0, sums, *largest)
 
     def _proved_error(self) -> float:
         """What is proved about the outputs and the final state together."""
@@ -95,7 +100,7 @@ class Check:
 
     def _failing(self, gain: Gain | None) -> Tensor:
         error = self.mismatch if gain is None else self._errors(gain)[1:]
-        return torch.nonzero(~(error <= self.options.tol) & (self.mismatch != 0)).flatten() + 1
+        return torch.nonzero(~(error <= self.allowed) & (self.mismatch != 0)).flatten() + 1
 
     def _errors(self, gain: Gain) -> Tensor:
         """For chunks 0, 1, …: gain × error of the start state, which is mismatch + what is left of the one before."""

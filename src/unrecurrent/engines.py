@@ -111,7 +111,7 @@ class LoopEngine:
     @staticmethod
     def takes(module: nn.Module, dtype: torch.dtype) -> bool:
         """Whether the layer has a loop here for numbers of that type."""
-        known = type(module) in (nn.RNN, nn.GRU, nn.LSTM) or isinstance(module, SelfKeeping)
+        known = isinstance(module, nn.RNN | nn.GRU | nn.LSTM | SelfKeeping)
         if not (known and is_stock(module)) or module.bidirectional or module.proj_size:
             return False
         plain = "lstm" not in _kind_of(module) and dtype in (torch.float32, torch.float64)
@@ -214,8 +214,11 @@ def is_stock(module: nn.Module) -> bool:
     if not isinstance(module, nn.RNNBase) and not hasattr(module, "cell_kind"):
         return False
     hooked = module._forward_hooks or module._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
-    patched = any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
-    return not (hooked or patched or _overridden(type(module)))
+    values = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
+    patched = any(callable(value) and hasattr(type(module), name) for name, value in values.items())
+    home = type(module).forward.__module__
+    known = home == nn.RNNBase.__module__ or home.startswith(f"{__package__}.")
+    return known and not (hooked or patched or _overridden(type(module)))
 
 
 def _overridden(kind: type) -> bool:
@@ -230,10 +233,36 @@ def _is_ours(kind: type) -> bool:
 
 
 def refuse_dropout(module: nn.Module) -> None:
-    """Raise `InputError` where dropout between the layers is on; what a module of one's own calls so may be a layer."""
-    dropout = getattr(module, "dropout", 0)
-    if module.training and isinstance(dropout, int | float) and dropout > 0:
+    """Raise `InputError` where dropout between the layers is on."""
+    if drops_out(module):
         raise InputError("dropout between the layers makes every run different: call module.eval() first")
+
+
+def drops_out(module: nn.Module) -> bool:
+    """Whether dropout between the layers is on; what a module of one's own calls so may be a layer."""
+    dropout = getattr(module, "dropout", 0)
+    between = getattr(module, "num_layers", 2) != 1
+    return bool(module.training and between and isinstance(dropout, int | float) and dropout > 0)
+
+
+@torch.no_grad()
+def largest_sum(module: nn.Module, x: Tensor, hidden: float) -> float:
+    """The size, up to √Σ (U x)² + (W h)² + b², of the sums that a layer's steps form; they round in proportion to it.
+
+    The largest of any unit, for inputs x `(T, B, D)` and hidden states up to `hidden`; 0 of a user's own module.
+    """
+    if not is_stock(module):
+        return 0.0
+    low, high = x.detach().flatten(0, -2).aminmax(dim=0)
+    inputs, largest = torch.maximum(low.abs(), high.abs()), 0.0
+    depth: int = module.num_layers  # type: ignore[assignment]
+    for index in range(depth):
+        layer = _layer_weights(module, index, _kind_of(module))
+        squares = layer.weight_ih.square() @ inputs.square() + layer.bias.square()
+        squares = squares + hidden**2 * layer.weight_hh.square().sum(1)
+        largest = max(largest, squares.max().sqrt().item())
+        inputs = inputs.new_full((layer.weight_hh.shape[1],), hidden)
+    return largest
 
 
 def parts_of(state: Any) -> State:

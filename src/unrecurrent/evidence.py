@@ -77,7 +77,7 @@ class Evidence:
         if self.mode == "sequential":
             return f"sequential: {self.fallback}"
         faster = max(self.estimated_speedup, 1e-9)
-        proved = "" if self.bound is None else f", every output within {self.bound:.1e} (proved)"
+        proved = "" if self.bound is None else f", every output within {self.bound:.1e} and rounding (proved)"
         gain = "" if self.gain is None else f", gain {self.gain:.2g} on {self.gain_chunks} chunks (measured)"
         return (
             f"parallel: {self.chunks} chunks after {self.warmup} steps of warm-up, mismatch {self.max_mismatch:.1e}"

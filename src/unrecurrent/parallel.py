@@ -25,6 +25,7 @@ from unrecurrent.engines import (
     State,
     choose_engine,
     doubt_step_cost,
+    drops_out,
     is_stock,
     learn_sequential_step,
     parts_of,
@@ -102,8 +103,11 @@ def _attempt_of_any(plain: ModuleEngine, x: Tensor, h0: State, options: Options,
 
 
 @torch.no_grad()
-def _check_state_carries_all(plain: ModuleEngine, head: Tensor, h0: State, tol: float) -> None:
-    """Try on the first few steps that a user's module goes on from its state as if it had not been interrupted."""
+def _check_batch_of_chunks(plain: ModuleEngine, head: Tensor, h0: State, tol: float) -> None:
+    """Try on the first few steps that a user's module can run as a batch of chunks.
+
+    It must go on from its state as if it had not been interrupted, and other sequences beside must change nothing.
+    """
     if is_stock(plain.module):
         return
     half = len(head) // 2
@@ -112,6 +116,13 @@ def _check_state_carries_all(plain: ModuleEngine, head: Tensor, h0: State, tol: 
     second, _ = plain.advance(head[half:], state)
     if not float((torch.cat([first, second]) - whole).abs().max()) <= tol:
         raise GiveUp("the module's state does not carry all of its past")
+    beside = torch.cat([head, head.flip(0)], dim=1)
+    try:
+        both, _ = plain.advance(beside, tuple(torch.cat([part, part], dim=1) for part in h0))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise GiveUp(f"the module does not take the chunks as one batch ({error})") from error
+    if not float((both[:, : head.shape[1]] - whole).abs().max()) <= tol:
+        raise GiveUp("other sequences in its batch change what the module makes of one")
 
 
 def _needs_gradient(module: nn.Module, x: Tensor, h0: State) -> bool:
@@ -400,7 +411,7 @@ def _run_these(spans: list[tuple[int, Options]], call: _Call, carry: Carry, targ
     state, pieces, evidences = call.h0, [], []
     if spans[0][1].chunks == "auto" and steps < _SHORTEST:
         raise NotWorthIt(f"{steps} steps are too few to gain anything: give chunks and warmup to insist")
-    _check_state_carries_all(call.plain, _finite(_tensor(call.x[:_CARRY_STEPS])), state, spans[0][1].tol)
+    _check_batch_of_chunks(call.plain, _finite(_tensor(call.x[:_CARRY_STEPS])), state, spans[0][1].tol)
     for (begin, options), end in zip(spans, [*begins[1:], steps], strict=True):
         with torch.set_grad_enabled(torch.is_grad_enabled() and target is None):
             x = _finite(_tensor(call.x[begin:end]))
@@ -592,6 +603,13 @@ class Parallel(nn.Module):
     @torch._disable_dynamo
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         options = self.options
+        if drops_out(self.module):  # while a model trains: each run differs, and none can be checked against another
+            begun, reason = time.perf_counter(), "dropout between the layers is on"
+            y, state = self.module(input, hx)
+            outputs = y.data if isinstance(y, PackedSequence) else y
+            steps = outputs.numel() // outputs.shape[-1]
+            self.evidence = sequential_evidence(steps, Options.checked(**options), reason, begun)
+            return y, state
         certificate = options["certificate"]
         outdated = certificate is not None and not certificate.is_about(self.module)
         y, state, evidence = run_parallel(

@@ -22,7 +22,7 @@ from unrecurrent.evidence import Evidence, Options, Verify
 from unrecurrent.parallel import (
     _CARRY_STEPS,
     _Call,
-    _check_state_carries_all,
+    _check_batch_of_chunks,
     _finite,
     _run_in_spans,
     _run_spans,
@@ -140,7 +140,7 @@ class _Shard:
         """Refuse a module that cannot be handed from rank to rank by its state."""
         head = _finite(_tensor(self.whole.x[:_CARRY_STEPS]))
         try:
-            _check_state_carries_all(self.whole.plain, head, self.whole.h0, self.options.tol)
+            _check_batch_of_chunks(self.whole.plain, head, self.whole.h0, self.options.tol)
         except GiveUp as reason:
             raise InputError(f"{reason}: it cannot be shared by ranks") from reason
 
