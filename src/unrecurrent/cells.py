@@ -66,8 +66,8 @@ class Interval:
         """Whether all rows of `values` (..., n) lie in the interval (n,); NaN never does."""
         if not values.numel():
             return True
-        low, high = values.reshape(-1, values.shape[-1]).aminmax(dim=0)  # NaN, where there is one
-        return bool(((low >= self.low) & (high <= self.high)).all())
+        rows = values.reshape(-1, values.shape[-1])
+        return bool(((rows.amin(0) >= self.low) & (rows.amax(0) <= self.high)).all())  # NaN, where there is one
 
     def split(self, size: int) -> tuple["Interval", ...]:
         """Consecutive intervals of `size` components each."""

@@ -253,8 +253,8 @@ def largest_sum(module: nn.Module, x: Tensor, hidden: float) -> float:
     """
     if not is_stock(module):
         return 0.0
-    low, high = x.detach().flatten(0, -2).aminmax(dim=0)
-    inputs, largest = torch.maximum(low.abs(), high.abs()), 0.0
+    rows = x.detach().flatten(0, -2)
+    inputs, largest = torch.maximum(rows.amax(0), -rows.amin(0)), 0.0
     depth: int = module.num_layers  # type: ignore[assignment]
     for index in range(depth):
         layer = _layer_weights(module, index, _kind_of(module))
