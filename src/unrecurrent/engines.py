@@ -247,21 +247,20 @@ def drops_out(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def largest_sum(module: nn.Module, x: Tensor, hidden: float) -> float:
-    """The size, up to √Σ (U x)² + (W h)² + b², of the sums that a layer's steps form; they round in proportion to it.
+    """The size, √Σ (U x)² + (W h)² + b², of the sums that a layer's steps form; they round in proportion to it.
 
-    The largest of any unit, for inputs x `(T, B, D)` and hidden states up to `hidden`; 0 of a user's own module.
+    The largest of any unit, for inputs as large as the largest of x and hidden states up to `hidden`; 0 of a user's own
+    module.
     """
     if not is_stock(module):
         return 0.0
-    rows = x.detach().flatten(0, -2)
-    inputs, largest = torch.maximum(rows.amax(0), -rows.amin(0)), 0.0
+    low, high = x.detach().aminmax()
+    inputs, largest = max(-low.item(), high.item()), 0.0
     depth: int = module.num_layers  # type: ignore[assignment]
     for index in range(depth):
         layer = _layer_weights(module, index, _kind_of(module))
-        squares = layer.weight_ih.square() @ inputs.square() + layer.bias.square()
-        squares = squares + hidden**2 * layer.weight_hh.square().sum(1)
-        largest = max(largest, squares.max().sqrt().item())
-        inputs = inputs.new_full((layer.weight_hh.shape[1],), hidden)
+        squares = inputs**2 * layer.weight_ih.square().sum(1) + hidden**2 * layer.weight_hh.square().sum(1)
+        largest, inputs = max(largest, (squares + layer.bias.square()).max().sqrt().item()), hidden
     return largest
 
 
