@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unrecurrent.engines import Engine, State, StepCost
+from unrecurrent.pages import new_empty
 
 _BLOCK = 16  # steps between two looks at the states, or two kicks
 _LONG_BLOCK = 128  # steps at once where nobody looks; bounds the working memory
@@ -141,7 +142,7 @@ class Attempt:
         plan = self.plan
         if self.y is None:
             assert like is not None
-            self.y = like.new_empty(plan.chunks * plan.length, *like.shape[2:])
+            self.y = new_empty(like, plan.chunks * plan.length, *like.shape[2:])
         return self.y.unflatten(0, (plan.chunks, plan.length))
 
     def outputs(self) -> Tensor:
