@@ -37,7 +37,9 @@ which run side by side with one thread each.
 
 *Proved* holds for every text: for the models that read embeddings directly over the rows of their table, for
 `certified-lstm` over any input. *k\\** (1 % of the perplexity), the local rate and the truncated columns are estimates
-on 4,096 positions of the test text; "cut at k" is the trained model that sees the last k words only.
+on 4,096 positions of the test text; "cut at k" is the trained model that sees the last k words only. Rows with "biases
+from 0" were trained before the readout's biases started at the frequencies of the words (`frequency_bias`): they compare
+with each other, and not with the rest.
 """
 
 
@@ -87,8 +89,10 @@ def main_row(row: str, found: Sequence[Record], free: float | None, speed: Recor
     against = MISSING if free is None else f"{100 * (first['mean'] / free - 1):+.1f} %"
     proved_rate = None if first["certified_rate"] is None else f"{first['certified_rate']:.4f}"
     local = None if first["local_rate"] is None else f"{first['local_rate']:.3f}"
+    start = None if first["training"].get("frequency_bias") else "biases from 0"
+    remarks = ", ".join(filter(None, (first["variant"], start)))
     return [
-        f"`{row}`" + (f" ({first['variant']})" if first["variant"] else ""),
+        f"`{row}`" + (f" ({remarks})" if remarks else ""),
         shown(first["hidden_size"]),
         f"{first['params'] / 1e6:.2f} M",
         shown(first["minutes"], 0),
