@@ -86,11 +86,11 @@ def main_row(row: str, found: Sequence[Record], free: float | None, speed: Recor
     first = found[0]
     cut = {r["k"]: r["mean"] for r in found[1:]}
     spread = "" if first["std"] is None else f" ± {first['std']:.1f}"
-    against = MISSING if free is None else f"{100 * (first['mean'] / free - 1):+.1f} %"
+    started_alike = first["training"].get("frequency_bias")
+    against = MISSING if free is None or not started_alike else f"{100 * (first['mean'] / free - 1):+.1f} %"
     proved_rate = None if first["certified_rate"] is None else f"{first['certified_rate']:.4f}"
     local = None if first["local_rate"] is None else f"{first['local_rate']:.3f}"
-    start = None if first["training"].get("frequency_bias") else "biases from 0"
-    remarks = ", ".join(filter(None, (first["variant"], start)))
+    remarks = ", ".join(filter(None, (first["variant"], None if started_alike else "biases from 0")))
     return [
         f"`{row}`" + (f" ({remarks})" if remarks else ""),
         shown(first["hidden_size"]),
