@@ -38,8 +38,8 @@ which run side by side with one thread each.
 *Proved* holds for every text: for the models that read embeddings directly over the rows of their table, for
 `certified-lstm` over any input. *k\\** (1 % of the perplexity), the local rate and the truncated columns are estimates
 on 4,096 positions of the test text; "cut at k" is the trained model that sees the last k words only. Rows with "biases
-from 0" were trained before the readout's biases started at the frequencies of the words (`frequency_bias`): they compare
-with each other, and not with the rest.
+from 0" were trained before the readout's biases started at the frequencies of the words (`frequency_bias`): they
+compare with each other, and not with the rest.
 """
 
 
