@@ -1,5 +1,5 @@
-/* The exponential and what is made of it, in a form that compilers vectorize. Not to be reassociated: the reduction of the
-   exponential's argument depends on the order of its operations. */
+/* The exponential and what is made of it, in a form that compilers vectorize. Not to be reassociated: the reduction of
+   the exponential's argument depends on the order of its operations. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

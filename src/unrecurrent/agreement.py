@@ -210,8 +210,9 @@ def _at_once(proof: Proof, cell: StackedCell, errors: Tensor, plan: Plan) -> _Bo
     if not math.isfinite(float(weights.max() / weights.min())):
         return _nothing(cell)
     w = (proof.pack(errors, cell.sizes).amax(0) / weights).max() * weights
-    start = proof.components(w / (1 - proof.rate ** (plan.length - plan.offset)))
-    return _Bound(proof.rate * cell.hidden(start).max().item(), proof.rate ** (plan.length - plan.offset) * start)
+    theta = proof.rate**plan.shortest
+    start = proof.components(w / (1 - theta))
+    return _Bound(proof.rate * cell.hidden(start).max().item(), theta * start)
 
 
 def _step_by_step(proof: Proof, cell: StackedCell, errors: Tensor, plan: Plan) -> _Bound:
@@ -219,7 +220,7 @@ def _step_by_step(proof: Proof, cell: StackedCell, errors: Tensor, plan: Plan) -
     v = proof.pack(errors, cell.sizes).amax(0)
     v = v.clamp(min=1e-3 * v.max().item())
     e, worst_hidden, growth = v, 0.0, 1.0
-    for _ in range(plan.length - plan.offset):
+    for _ in range(plan.shortest):
         e = proof.propagator.propagate(e)
         worst_hidden = max(worst_hidden, cell.hidden(proof.components(e)).max().item())
         shrink, growth = (e / v).max().item(), max(growth, (e / v).max().item())

@@ -81,6 +81,11 @@ class Plan:
     def offset(self) -> int:
         return self.chunks * self.length - self.steps
 
+    @property
+    def shortest(self) -> int:
+        """The length of the first chunk, which no other falls below."""
+        return self.length - self.offset
+
     def first_row(self, step: int) -> int:
         return max(0, -(-(self.offset + self.warmup - step) // self.length))
 

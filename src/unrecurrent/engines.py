@@ -205,8 +205,8 @@ def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engin
     return LoopEngine(module)
 
 
-#: what a subclass may define without changing what a layer computes
-_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters"}
+#: what a subclass may define, beside special methods, without changing what a layer computes
+_HARMLESS = {"extra_repr", "reset_parameters"}
 
 
 def is_stock(module: nn.Module) -> bool:

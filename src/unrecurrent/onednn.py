@@ -19,9 +19,9 @@ def packed(weight: Tensor, rows: int | None = None) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + bias for a weight, packed or not."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x Wᵀ for a weight, packed or not."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def product_plus(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ plain reference is `chunked_reference`; how it all works is told in docs/paralle
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -94,10 +96,17 @@ def _attempt(plain: ModuleEngine, x: Tensor, h0: State, options: Options, carry:
 
 def _attempt_of_any(plain: ModuleEngine, x: Tensor, h0: State, options: Options, carry: "Carry") -> _Result:
     """`_attempt`; a module of the user's own may fail on a batch of chunks though it takes the user's batch."""
-    try:
+    with _as_one_batch(plain.module):
         return _attempt(plain, x, h0, options, carry)
+
+
+@contextmanager
+def _as_one_batch(module: nn.Module) -> Iterator[None]:
+    """Give up where a module of the user's own fails on a batch of chunks."""
+    try:
+        yield
     except (RuntimeError, ValueError, TypeError) as error:
-        if is_stock(plain.module) or isinstance(error, InputError):
+        if is_stock(module) or isinstance(error, InputError):
             raise
         raise GiveUp(f"the module does not take the chunks as one batch ({error})") from error
 
@@ -117,10 +126,8 @@ def _check_batch_of_chunks(plain: ModuleEngine, head: Tensor, h0: State, tol: fl
     if not float((torch.cat([first, second]) - whole).abs().max()) <= tol:
         raise GiveUp("the module's state does not carry all of its past")
     beside = torch.cat([head, head.flip(0)], dim=1)
-    try:
+    with _as_one_batch(plain.module):
         both, _ = plain.advance(beside, tuple(torch.cat([part, part], dim=1) for part in h0))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise GiveUp(f"the module does not take the chunks as one batch ({error})") from error
     if not float((both[:, : head.shape[1]] - whole).abs().max()) <= tol:
         raise GiveUp("other sequences in its batch change what the module makes of one")
 
