@@ -40,7 +40,14 @@ from unrecurrent.recipes import find_recipe
 from unrecurrent.records import Record, commit, make_record, read_records, write_records
 from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import Task, get_task
-from unrecurrent.training import make_optimizer, task_interface, training_batches, training_loss, word_sampler
+from unrecurrent.training import (
+    TrainingConfig,
+    make_optimizer,
+    task_interface,
+    training_batches,
+    training_loss,
+    word_sampler,
+)
 from unrecurrent.worker import Job
 from wikitext2_page import FOLDER, TRUNCATED
 
@@ -50,6 +57,7 @@ RUNS = ROOT / "runs" / "wikitext-2"
 TRAINING_THREADS = 1
 #: of everything that is timed
 THREADS = 2
+DEFAULTS = {key: value for key, value in asdict(TrainingConfig()).items() if key != "seed"}
 #: truncation lengths: those of the table, and more for the curve
 CURVE = (1, 2, 3, *TRUNCATED, 128, 256, 512)
 POSITIONS = 4096
@@ -114,7 +122,8 @@ def job(name: str, task: Task, seed: int) -> Job:
     recipe = find_recipe(task, row.model)
     settings = {**recipe.settings, **row.settings}
     training = replace(recipe.training, seed=seed, **row.training)
-    fingerprint = json.dumps([task.digest(), row.model, settings, asdict(training)], sort_keys=True)
+    chosen = {key: value for key, value in asdict(training).items() if value != DEFAULTS.get(key)}
+    fingerprint = json.dumps([task.digest(), row.model, settings, chosen], sort_keys=True)
     folder = job_folder(RUNS, f"{name}-seed{seed}", fingerprint)
     return Job(task.name, None, row.model, settings, training, str(folder), threads=TRAINING_THREADS)
 
@@ -178,9 +187,11 @@ def measured_before(name: str, job: Job, test: float) -> list[Record]:
     """Return the records of a row whose first seed, the one that is measured, is the same as it was; else none."""
     path = FOLDER / f"{name}.json"
     known = read_records(path) if path.exists() else []
+    # What was recorded before a field came to be was trained as its default says.
     same = known and known[0].get("first_seed", known[0]["mean"]) == round(test, 3)
     as_json = json.loads(json.dumps(trained_with(job)))
-    return known if same and as_json == {key: known[0][key] for key in as_json} else []
+    before = same and {"settings": known[0]["settings"], "training": {**DEFAULTS, **known[0]["training"]}}
+    return known if before == as_json else []
 
 
 def undisturbed_minutes(history: Sequence[Mapping[str, float]]) -> float:

@@ -16,7 +16,8 @@ from unrecurrent import files
 from unrecurrent.batches import length_groups, stream_batches
 from unrecurrent.checkpoint import TRAINING, load_model, load_tensors, save_tensors
 from unrecurrent.errors import InputError
-from unrecurrent.training import TrainingConfig, TrainingRun, evaluate
+from unrecurrent.models import build_model
+from unrecurrent.training import TrainingConfig, TrainingRun, evaluate, task_interface
 
 QUICK = TrainingConfig(epochs=3, learning_rate=1e-2, batch_size=3, piece=20)
 
@@ -76,7 +77,10 @@ from conftest import TinyMusic, TinyStream
 from unrecurrent.training import TrainingConfig, TrainingRun
 torch.set_num_threads(1)
 task = TinyMusic() if sys.argv[3] == "music" else TinyStream()
-config = TrainingConfig(epochs=5.5, learning_rate=1e-2, batch_size=3, piece=20, schedule="cosine")
+factor = 1.0 if sys.argv[3] == "music" else 0.5
+config = TrainingConfig(
+    epochs=5.5, learning_rate=1e-2, batch_size=3, piece=20, schedule="cosine", recurrent_learning_rate_factor=factor
+)
 settings = {"hidden_size": 12, "dropout": 0.3}
 run = TrainingRun(task, sys.argv[4], settings, config, Path(sys.argv[1]), checkpoint_steps=4)
 run.run(lambda state: (print(state["fraction"], flush=True), time.sleep(0.01)))
@@ -210,11 +214,36 @@ def test_diverging_training_says_so(tiny_music):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("optimizer", "lion"), ("schedule", "linear"), ("epochs", 0), ("learning_rate", -1.0)]
+    ("field", "value"),
+    [
+        ("optimizer", "lion"),
+        ("schedule", "linear"),
+        ("epochs", 0),
+        ("learning_rate", -1.0),
+        ("recurrent_learning_rate_factor", 0.0),
+    ],
 )
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(InputError, match=field):
         TrainingConfig(**{field: value})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_recurrent_layers_may_learn_at_a_rate_of_their_own(tiny_music, optimizer):
+    """At almost none they stay where they started, while the rest of the model learns."""
+    settings = {"hidden_size": 6}
+    config = replace(QUICK, epochs=1, optimizer=optimizer, recurrent_learning_rate_factor=1e-9)
+    torch.manual_seed(config.seed)
+    start = build_model("gru", task_interface(tiny_music), settings).state_dict()
+    trained = TrainingRun(tiny_music, "gru", settings, config).run().state_dict()
+    for name, weights in trained.items():
+        assert torch.allclose(weights, start[name], atol=1e-7) == name.startswith("recurrence."), name
+
+
+def test_a_rate_for_recurrent_layers_needs_some(tiny_music):
+    config = replace(QUICK, recurrent_learning_rate_factor=0.5)
+    with pytest.raises(InputError, match="holds no recurrent layer"):
+        TrainingRun(tiny_music, "tcn", {"hidden_size": 4}, config).run()
 
 
 def test_training_leaves_the_callers_generator_alone(tiny_music):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unrecurrent.batches import Batch, scoring_columns, sequence_batches, stream_batches
 from unrecurrent.beam_search import beam_search
+from unrecurrent.cells import find_recurrent
 from unrecurrent.checkpoint import TRAINING, load_tensors, save_model, save_tensors
 from unrecurrent.errors import Diverged, InputError
 from unrecurrent.files import make_folder, write_text
@@ -39,7 +40,8 @@ class TrainingConfig:
     `epochs` passes over the data, of which the last may be cut short (0.3: the first 30 % of one pass),
     `patience` the epochs without a better validation loss after which training stops (`None`: never).
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
-    each epoch that is no better). Three fields concern predictions over a large vocabulary: `softmax`, the type its
+    each epoch that is no better); the weights of recurrent layers learn at `recurrent_learning_rate_factor` times that
+    rate. Three fields concern predictions over a large vocabulary: `softmax`, the type its
     products are made in while training (`float32`, `bfloat16`), `sampled_words`, how many words normalise them in
     a training step (0: all), and `frequency_bias`, whether the biases of the readout start at the logarithms of the
     words' frequencies (else as the model has them). What a trained model scores is always exact and in float32.
@@ -58,6 +60,7 @@ class TrainingConfig:
     sampled_words: int = 0
     softmax: str = "float32"
     frequency_bias: bool = False
+    recurrent_learning_rate_factor: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,7 +68,14 @@ class TrainingConfig:
         for name, known in (*choices, ("softmax", tuple(_DTYPES))):
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        for name in ("epochs", "learning_rate", "batch_size", "piece", "clip_norm"):
+        for name in (
+            "epochs",
+            "learning_rate",
+            "recurrent_learning_rate_factor",
+            "batch_size",
+            "piece",
+            "clip_norm",
+        ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
         if self.sampled_words < 0:
@@ -361,7 +371,7 @@ class TrainingRun:
         if batch.fresh or self.cache is None:
             self.cache = self.model.init_cache(batch.inputs.shape[0])
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.learning_rate() * group.get("factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         loss, cache = training_loss(self.model, self.task, batch, self.cache, self.config, self.sampler)
         value = loss.item()
@@ -507,15 +517,32 @@ def find_device(name: str | torch.device) -> torch.device:
 
 def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Return the optimizer of a configuration, in torch's fused form."""
+    groups = _parameter_groups(model, config)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            model.parameters(),
+            groups,
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             fused=True,
         )
-    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def _parameter_groups(model: torch.nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Return the parameters as an optimizer takes them; those of recurrent layers apart, if they learn at another rate.
+
+    An optimizer that divides by the size of gradients moves each weight by about the learning rate: a row of a table
+    of words may move as much, where a state that is read H times over may not.
+    """
+    factor = config.recurrent_learning_rate_factor
+    if factor == 1:
+        return [{"params": list(model.parameters())}]
+    apart = {parameter for _, layer in find_recurrent(model) for parameter in layer.parameters()}
+    return [
+        {"params": [p for p in model.parameters() if p not in apart]},
+        {"params": [p for p in model.parameters() if p in apart], "factor": factor},
+    ]
 
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
