@@ -630,6 +630,7 @@ def test_slopes_unit_by_unit_are_the_derivative_of_the_propagator(kind) -> None:
     torch.testing.assert_close(cell.jacobian(e), torch.autograd.functional.jacobian(cell.propagate, e))
 
 
+@pytest.mark.alone
 def test_a_layer_that_forgets_slowly_is_certified_as_soon() -> None:
     torch.manual_seed(0)
     lstm = scaled_rows(nn.LSTM(64, 128), 0.001)
@@ -642,6 +643,7 @@ def test_a_layer_that_forgets_slowly_is_certified_as_soon() -> None:
     assert 0.998 < certificate.rate < 1
 
 
+@pytest.mark.alone
 def test_a_layer_is_certified_in_seconds() -> None:
     started = time.perf_counter()
     certify(nn.LSTM(256, 256), inputs=torch.randn(35, 32, 256))

@@ -320,6 +320,7 @@ def test_only_what_is_lacking_is_written(tiny_ptb: Server, tmp_path: Path) -> No
         (archive(TEXTS | {"valid": b"other"}), "does not hold the published valid.txt"),
         (archive({"train": TEXTS["train"]}), "does not hold the published valid.txt"),
     ],
+    ids=["page", "cut", "no archive", "another text", "text missing"],
 )
 def test_a_damaged_archive_is_thrown_away(content: bytes, words: str, tiny_ptb: Server, tmp_path: Path) -> None:
     tiny_ptb.files["all.tgz"] = content

@@ -88,6 +88,7 @@ def test_a_changed_image_is_other_data(tmp_path):
         ),
         ("train-labels-idx1-ubyte", gzip.compress(struct.pack(">2i", 0x0801, 24) + bytes([11] * 24)), "holds? 11"),
     ],
+    ids=["page", "missing", "empty", "images for labels", "four short", "one short", "label 11"],
 )
 def test_damaged_files_are_one_sentence(file, content, words, tmp_path):
     write_mnist(tmp_path)

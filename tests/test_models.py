@@ -181,6 +181,19 @@ def test_stable_lstm_keeps_the_papers_conditions_in_training():
     assert model.embedding.weight.abs().max() <= 0.75
 
 
+@pytest.mark.parametrize("name", ["rnn", "stable-rnn", "certified-rnn"])
+def test_leaky_units_start_as_averages_of_their_own_past(name):
+    model = build_model(name, PIANO, {"hidden_size": 8, "layers": 2, "leaky_units": 0.5}).eval()
+    model(torch.randn(1, 3, 5))
+    for weight in (model.recurrence.weight_hh_l0, model.recurrence.weight_hh_l1):
+        torch.testing.assert_close(weight[:4, :4], 0.95 * torch.eye(4))
+        assert not weight[:4, 4:].any()
+        assert not weight[4:, :4].any()
+        assert weight[4:, 4:].all()
+    slow = build_model("certified-rnn", PIANO, {"hidden_size": 8, "rate": 0.5, "leaky_units": 0.99}).eval()
+    torch.testing.assert_close(slow.recurrence.weight_hh_l0, 0.5 * torch.eye(8), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["stable-rnn", "stable-lstm", "certified-rnn", "certified-lstm", "certified-gru"])
 def test_constrained_models_keep_their_rate_under_the_training_loops_optimizer(name):
     """The loop's optimizer is fused, and fused kernels write to the weights without counting up their versions."""

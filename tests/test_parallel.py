@@ -29,6 +29,7 @@ from unrecurrent.parallel import Parallel, chunked_reference, run_parallel
 from unrecurrent.stability import StableGRU, StableRNN
 from unrecurrent.stable_lstm import StableLSTM
 
+pytestmark = pytest.mark.alone
 KINDS = [nn.RNN, nn.GRU, nn.LSTM]
 
 

@@ -2,12 +2,16 @@
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unrecurrent.certificate import Certificate, certify
 from unrecurrent.models.causal_conv import CausalConv1d
 from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
+
+#: what a leaky unit starts with of its own state, a step: a memory of 20 steps
+LEAK = 0.95
 
 
 class GatedInputs(nn.Module):
@@ -88,9 +92,26 @@ class RecurrentModel(SequenceModel):
 
 
 class RNN(RecurrentModel):
-    """The tanh RNN, `h_t = tanh(W h_{t-1} + U x_t + b)`."""
+    """The tanh RNN, `h_t = tanh(W h_{t-1} + U x_t + b)`.
+
+    `leaky_units`, a share of the units of every layer, start as leaky averages of what drives them, with 0.95 of
+    themselves a step and nothing of the other units (Le, Jaitly and Hinton 2015, arXiv:1504.00941, start all of a ReLU
+    layer from the identity). They hold what was read tens of steps ago before anything is learnt.
+    """
 
     layer_class: ClassVar[type[nn.Module]] = nn.RNN
+
+    def __init__(self, interface: Interface, leaky_units: float = 0.0, **settings: Any):
+        super().__init__(interface, **settings)
+        for number in range(self.layers):
+            _start_leaky(getattr(self.recurrence, f"weight_hh_l{number}"), round(leaky_units * self.hidden_size))
+
+
+@torch.no_grad()
+def _start_leaky(weight: Tensor, count: int) -> None:
+    """Let the first `count` units of `(H, H)` weights keep themselves, and part them from the rest."""
+    weight[:count] = LEAK * torch.eye(count, len(weight)).to(weight)
+    weight[count:, :count] = 0
 
 
 class GRU(RecurrentModel):
