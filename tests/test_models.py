@@ -48,6 +48,9 @@ def views():
     for name in WITH_FRONT:
         yield pytest.param(name, TEXT, {"input_kernel": 3}, id=f"{name}-front")
         yield pytest.param(name, PIANO, {"input_kernel": 2}, id=f"{name}-front-features")
+    for interface in (TEXT, PIANO):
+        yield pytest.param("rnn", interface, {"projected": True}, id=f"rnn-projected-{interface.outputs}")
+    yield pytest.param("stable-rnn", TEXT, {"projected": True, "tied": True, "embedding_size": 3}, id="projected-tied")
     for window in (None, 1, 30):  # 30: longer than a piece of 17, shorter than two
         yield pytest.param("transformer", TEXT, {"window": window}, id=f"transformer-window-{window}")
     yield pytest.param("ngram-lstm", TEXT, {"k": 30}, id="ngram-lstm-30")
@@ -179,6 +182,16 @@ def test_stable_lstm_keeps_the_papers_conditions_in_training():
     assert layer.weight_ih_l0.view(4, 6, -1)[1].abs().sum(1).max() <= 0.25
     assert (layer.bias_ih_l0 + layer.bias_hh_l0).view(4, 6)[1].abs().max() <= 0.25
     assert model.embedding.weight.abs().max() <= 0.75
+
+
+@pytest.mark.parametrize("width", [3, 5, 9])
+def test_a_projected_state_is_read_four_times_as_large_at_first(width):
+    settings = {"hidden_size": 5, "embedding_size": width, "tied": True, "projected": True}
+    model = build_model("rnn", TEXT, settings).eval()
+    words = torch.randint(7, (2, 6))
+    state, _ = model.recurrence(model.embedding(words))
+    wanted = 4 * torch.nn.functional.pad(state, (0, max(0, width - 5)))[..., :width]
+    torch.testing.assert_close(model.advance_hidden(words, model.init_cache(2))[0], wanted)
 
 
 @pytest.mark.parametrize("name", ["rnn", "stable-rnn", "certified-rnn"])

@@ -106,7 +106,9 @@ _WORD_SETTINGS: Settings = {"embedding_size": 256, "tied": True, "dropout": 0.3,
 _WORD_RECIPES = {
     # A state without gates takes a quarter of the rate the table of words does best with: at 4e-3 it does not settle
     # before the rate has fallen, at 1.5e-3 the table has not settled after six passes.
-    "rnn": Recipe({**_WORD_SETTINGS, "leaky_units": 0.5}, replace(_WORDS, recurrent_learning_rate_factor=0.25)),
+    "rnn": Recipe(
+        {**_WORD_SETTINGS, "leaky_units": 0.5, "projected": True}, replace(_WORDS, recurrent_learning_rate_factor=0.25)
+    ),
     "lstm": Recipe(_WORD_SETTINGS, _WORDS),
     "gru": Recipe(_WORD_SETTINGS, _WORDS),
     "mingru": Recipe({**_WORD_SETTINGS, "layers": 2}, _WORDS),

@@ -57,7 +57,7 @@ SIZES |= {"cycles", "heads", "head_size", "window"}
 #: sizes that may be `None`, which is no limit
 UNLIMITED = {"window"}
 SHARES = {"dropout", "input_dropout", "rate", "leaky_units"}
-FLAGS = {"tied"}
+FLAGS = {"tied", "projected"}
 #: widths are found by building models, so that the count must fit in memory a few times over
 MOST_PARAMETERS = 100_000_000
 

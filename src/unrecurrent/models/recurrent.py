@@ -12,6 +12,8 @@ from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, e
 
 #: what a leaky unit starts with of its own state, a step: a memory of 20 steps
 LEAK = 0.95
+#: what a projected state is multiplied by at the start
+GAIN = 4.0
 
 
 class GatedInputs(nn.Module):
@@ -96,13 +98,19 @@ class RNN(RecurrentModel):
 
     `leaky_units`, a share of the units of every layer, start as leaky averages of what drives them, with 0.95 of
     themselves a step and nothing of the other units (Le, Jaitly and Hinton 2015, arXiv:1504.00941, start all of a ReLU
-    layer from the identity). They hold what was read tens of steps ago before anything is learnt.
+    layer from the identity). They hold what was read tens of steps ago before anything is learnt. `projected`: the
+    readout reads the state through a matrix that starts as 4 I. Predictions can then be sharp while the state stays
+    small, where the slope of tanh is close to 1 and a contracting W forgets no faster than its norm says.
     """
 
     layer_class: ClassVar[type[nn.Module]] = nn.RNN
 
-    def __init__(self, interface: Interface, leaky_units: float = 0.0, **settings: Any):
+    def __init__(self, interface: Interface, leaky_units: float = 0.0, projected: bool = False, **settings: Any):
         super().__init__(interface, **settings)
+        if projected:
+            self.narrow = nn.Linear(self.hidden_size, self.readout.in_features, bias=False)
+            with torch.no_grad():
+                self.narrow.weight.copy_(GAIN * torch.eye(*self.narrow.weight.shape))
         for number in range(self.layers):
             _start_leaky(getattr(self.recurrence, f"weight_hh_l{number}"), round(leaky_units * self.hidden_size))
 
