@@ -24,6 +24,7 @@ TABLES = {
     "feed-forward": "Feed-forward models, same data, epochs and (within 5 %) parameters as the LSTM",
     "truncated": "Trained, too, on the last k words only (`ngram-lstm`): 256 units, one epoch",
     "price": "The price of stability: 256 units, three epochs",
+    "long": "Larger and longer: what an hour and a half on one thread allows",
 }
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 430, 70, 60, 150, 56
 #: Okabe and Ito's colours
@@ -122,6 +123,11 @@ def main_row(row: str, done: dict[str, list[Record]], speed: Record | None) -> l
     ]
 
 
+def falling(first: Record) -> str:
+    """Return how a row's validation perplexity fell."""
+    return ", ".join(f"{valid:.1f}" for valid in first["valid_by_epoch"])
+
+
 HEADER = [
     "row", "units", "parameters", "minutes", "valid", "test", "against `lstm`", "against its free twin", "article",
     "rate (proved)",
@@ -139,6 +145,8 @@ def page() -> str:
             continue
         lines = [main_row(row, done, timed.get(row)) for row, _ in rows]
         parts.append(f"## {title}\n\n{table(HEADER, lines)}\n")
+        if name == "long":
+            parts.append("".join(f"- `{row}`, validation by epoch: {falling(found[0])}\n" for row, found in rows))
         if name == "price":
             parts.append(f"![test perplexity against the certified rate]({FIGURE.name})\n")
     settings = [f"- `{row}`: {found[0]['settings']}, {found[0]['training']}" for row, found in sorted(done.items())]
