@@ -9,8 +9,8 @@ demo: .venv/demo-installed  ## does a recurrent model pay on real Bach chorales?
 	$(BIN)/unrecurrent compare chorales --seeds 3 --epochs 30 --report report.html
 
 test: .venv/test-installed  ## everything: unit tests, doctests, examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not alone"; \
+	beside=$$?; $(BIN)/python -m pytest -m alone && exit $$beside
 
 lint: .venv/test-installed
 	$(BIN)/ruff check .

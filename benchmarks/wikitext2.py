@@ -41,11 +41,11 @@ from unrecurrent.records import Record, commit, make_record, read_records, write
 from unrecurrent.task_memory import measure_on_task, memory_data
 from unrecurrent.tasks import Task, get_task
 from unrecurrent.training import (
-    TrainingConfig,
     make_optimizer,
     task_interface,
     training_batches,
     training_loss,
+    with_defaults,
     word_sampler,
 )
 from unrecurrent.worker import Job
@@ -57,7 +57,6 @@ RUNS = ROOT / "runs" / "wikitext-2"
 TRAINING_THREADS = 1
 #: of everything that is timed
 THREADS = 2
-DEFAULTS = {key: value for key, value in asdict(TrainingConfig()).items() if key != "seed"}
 #: truncation lengths: those of the table, and more for the curve
 CURVE = (1, 2, 3, *TRUNCATED, 128, 256, 512)
 POSITIONS = 4096
@@ -130,8 +129,7 @@ def job(name: str, task: Task, seed: int) -> Job:
     recipe = find_recipe(task, row.model)
     settings = {**recipe.settings, **row.settings}
     training = replace(recipe.training, seed=seed, **row.training)
-    chosen = {key: value for key, value in asdict(training).items() if value != DEFAULTS.get(key)}
-    fingerprint = json.dumps([task.digest(), row.model, settings, chosen], sort_keys=True)
+    fingerprint = json.dumps([task.digest(), row.model, settings, training.identity()], sort_keys=True)
     folder = job_folder(RUNS, f"{name}-seed{seed}", fingerprint)
     return Job(task.name, None, row.model, settings, training, str(folder), threads=TRAINING_THREADS)
 
@@ -155,7 +153,7 @@ def train(name: str, task: Task, most_seeds: int) -> list[Record]:
     }
     known = measured_before(name, jobs[0], tests[0])
     if known:
-        return [{**known[0], **over_seeds}, *known[1:]]
+        return [{**known[0], **over_seeds, **trained_with(jobs[0])}, *known[1:]]
     model, _ = load_model(Path(results[0]["folder"]))
     proof = certificate_on_data(model, task) if isinstance(model, RecurrentModel) else None
     profile = measured(model, task)
@@ -195,11 +193,10 @@ def measured_before(name: str, job: Job, test: float) -> list[Record]:
     """Return the records of a row whose first seed, the one that is measured, is the same as it was; else none."""
     path = FOLDER / f"{name}.json"
     known = read_records(path) if path.exists() else []
-    # What was recorded before a field came to be was trained as its default says.
     same = known and known[0].get("first_seed", known[0]["mean"]) == round(test, 3)
-    as_json = json.loads(json.dumps(trained_with(job)))
-    before = same and {"settings": known[0]["settings"], "training": {**DEFAULTS, **known[0]["training"]}}
-    return known if before == as_json else []
+    now = with_defaults(trained_with(job)["training"])
+    alike = same and known[0]["settings"] == dict(job.settings) and with_defaults(known[0]["training"]) == now
+    return known if alike else []
 
 
 def undisturbed_minutes(history: Sequence[Mapping[str, float]]) -> float:
@@ -357,7 +354,7 @@ def main() -> None:
             records = train(name, task, arguments.seeds)
             write_records(target, records)
             print(name, {key: records[0][key] for key in ("mean", "valid_mean", "params", "minutes", "certified_rate")})
-        elif target.exists():
+        elif target.exists() and (Path(job(name, task, 0).folder) / "model.safetensors").exists():
             write_records(FOLDER / "speed" / f"{name}.json", speed(name, task))
 
 

@@ -5,9 +5,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from markup import MISSING, drawing, table, text
+from unrecurrent.recipes import twin
 from unrecurrent.records import Record, read_records
+from unrecurrent.training import with_defaults
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "wikitext-2"
 PAGE, FIGURE = FOLDER / "README.md", FOLDER / "price.svg"
@@ -17,8 +20,6 @@ TRUNCATED = (5, 10, 20, 35, 64)
 PUBLISHED = {"rnn": 146.7, "stable-rnn": 143.5, "lstm": 92.3, "stable-lstm": 95.1}
 #: the row every other is compared with, and the tables in the order of the page
 FREE = "lstm"
-#: what stands before the name of a model in the name of its stable twins
-BOUND = ("stable-", "certified-")
 TABLES = {
     "one size": "One size: 256 units unless said, six epochs, the settings of the unconstrained twin",
     "feed-forward": "Feed-forward models, same data, epochs and (within 5 %) parameters as the LSTM",
@@ -39,7 +40,8 @@ which run side by side with one thread each.
 
 *Proved* holds for every text: for the models that read embeddings directly over the rows of their table, for
 `certified-lstm` over any input. *k\\** (1 % of the perplexity), the local rate and the truncated columns are estimates
-on 4,096 positions of the test text; "cut at k" is the trained model that sees the last k words only. Rows with "biases
+on 4,096 positions of the test text; "cut at k" is the trained model that sees the last k words only. The proved horizon
+is that of the state. A row's free twin has the same settings and training, and no constraint. Rows with "biases
 from 0" were trained before the readout's biases started at the frequencies of the words (`frequency_bias`): they
 compare with each other, and not with the rest.
 """
@@ -84,23 +86,29 @@ def ordered(done: dict[str, list[Record]], name: str) -> list[tuple[str, list[Re
     return sorted(rows, key=lambda item: item[1][0]["mean"])
 
 
-def over(first: Record, other: Record | None) -> str:
-    """Return by how much a row is worse than another, if both were trained alike."""
-    if other is None or first["training"] != other["training"]:
-        return MISSING
-    return f"{100 * (first['mean'] / other['mean'] - 1):+.1f} %"
+def worse(first: Record, other: Record | None) -> str:
+    """Return by how much the perplexity of a row is above that of another."""
+    return MISSING if other is None else f"{100 * (first['mean'] / other['mean'] - 1):+.1f} %"
+
+
+def free_twin(first: Record, done: dict[str, list[Record]]) -> Record | None:
+    """Return the unconstrained row that differs from a stable one in nothing but the constraint, if there is one."""
+
+    def made(record: Record) -> tuple[Any, ...]:
+        settings = {key: value for key, value in record["settings"].items() if key != "rate"}
+        return record["table"], twin(record["model"]), settings, with_defaults(record["training"])
+
+    found = (rows[0] for rows in done.values() if rows[0]["model"] == twin(first["model"]) != first["model"])
+    return next((other for other in found if made(other) == made(first)), None)
 
 
 def main_row(row: str, done: dict[str, list[Record]], speed: Record | None) -> list[str]:
     found = done[row]
-    first, free = found[0], done.get(FREE, [None])[0]
-    twin = next((done[row.removeprefix(p)][0] for p in BOUND if row.removeprefix(p) in done.keys() - {row}), None)
+    first, (free, *_) = found[0], done.get(FREE, [None])
     cut = {r["k"]: r["mean"] for r in found[1:]}
     spread = "" if first["std"] is None else f" ± {first['std']:.1f}"
     started_alike = first["training"].get("frequency_bias")
-    against = MISSING
-    if free is not None and started_alike and first["table"] in ("one size", "feed-forward"):
-        against = f"{100 * (first['mean'] / free['mean'] - 1):+.1f} %"
+    comparable = started_alike and first["table"] in ("one size", "feed-forward")
     proved_rate = None if first["certified_rate"] is None else f"{first['certified_rate']:.4f}"
     local = None if first["local_rate"] is None else f"{first['local_rate']:.3f}"
     remarks = ", ".join(filter(None, (first["variant"], None if started_alike else "biases from 0")))
@@ -111,8 +119,8 @@ def main_row(row: str, done: dict[str, list[Record]], speed: Record | None) -> l
         shown(first["minutes"], 0),
         shown(first["valid_mean"]),
         f"**{first['mean']:.1f}**{spread}",
-        against,
-        over(first, twin),
+        worse(first, free if comparable else None),
+        worse(first, free_twin(first, done)),
         shown(PUBLISHED.get(row)),
         shown(proved_rate),
         shown(first["certified_horizon"]),

@@ -190,8 +190,9 @@ def test_a_projected_state_is_read_four_times_as_large_at_first(width):
     model = build_model("rnn", TEXT, settings).eval()
     words = torch.randint(7, (2, 6))
     state, _ = model.recurrence(model.embedding(words))
-    wanted = 4 * torch.nn.functional.pad(state, (0, max(0, width - 5)))[..., :width]
-    torch.testing.assert_close(model.advance_hidden(words, model.init_cache(2))[0], wanted)
+    copies = torch.cat([state, state], -1)
+    wanted = {3: state[..., :3] + torch.nn.functional.pad(state[..., 3:], (0, 1)), 5: state, 9: copies[..., :9]}[width]
+    torch.testing.assert_close(model.advance_hidden(words, model.init_cache(2))[0], 4 * wanted)
 
 
 @pytest.mark.parametrize("name", ["rnn", "stable-rnn", "certified-rnn"])

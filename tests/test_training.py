@@ -242,8 +242,14 @@ def test_recurrent_layers_may_learn_at_a_rate_of_their_own(tiny_music, optimizer
 
 def test_a_rate_for_recurrent_layers_needs_some(tiny_music):
     config = replace(QUICK, recurrent_learning_rate_factor=0.5)
-    with pytest.raises(InputError, match="holds no recurrent layer"):
+    with pytest.raises(InputError, match=r"factor must be 1 for TCN: .* holds no recurrent layer"):
         TrainingRun(tiny_music, "tcn", {"hidden_size": 4}, config).run()
+
+
+def test_a_field_that_changes_nothing_does_not_make_another_training():
+    assert "recurrent_learning_rate_factor" not in QUICK.identity()
+    assert replace(QUICK, recurrent_learning_rate_factor=0.5).identity() != QUICK.identity()
+    assert replace(QUICK, clip_norm=0.5).identity() != QUICK.identity()
 
 
 def test_training_leaves_the_callers_generator_alone(tiny_music):

@@ -170,6 +170,8 @@ def test_memory_is_measured_by_perplexity_without_all_logits(home, name):
 
 
 WITH_RECIPES = [
+    "rnn",
+    "certified-rnn",
     "mingru",
     "certified-lstm-plain",
     "certified-lstm-coupled",

@@ -303,7 +303,7 @@ class _Session:
     def _job(self, contender: Contender, recipe: Recipe, seed: int) -> Job:
         training = replace(recipe.training, seed=seed, patience=None)
         settings = recipe.settings
-        fingerprint = json.dumps([self.digest, contender.name, settings, asdict(training)], sort_keys=True)
+        fingerprint = json.dumps([self.digest, contender.name, settings, training.identity()], sort_keys=True)
         folder = job_folder(self.root, f"{contender.label}-seed{seed}", fingerprint)
         return Job(self.task.name, self.data_dir, contender.name, settings, training, str(folder))
 

@@ -461,7 +461,7 @@ class _Session:
         training = replace(recipe.training, seed=seed, patience=patience)
         if self.weight_decay is not None:
             training = replace(training, weight_decay=self.weight_decay)
-        key = [self.task.name, self.digest, model.name, model.settings, asdict(training)]
+        key = [self.task.name, self.digest, model.name, model.settings, training.identity()]
         folder = job_folder(self.root, f"{model.label}-seed{seed}", json.dumps(key, sort_keys=True))
         return Job(self.task.name, self.data_dir, model.name, model.settings, training, str(folder))
 

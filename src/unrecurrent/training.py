@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,12 @@ class TrainingConfig:
     `epochs` passes over the data, of which the last may be cut short (0.3: the first 30 % of one pass),
     `patience` the epochs without a better validation loss after which training stops (`None`: never).
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
-    each epoch that is no better); the weights of recurrent layers learn at `recurrent_learning_rate_factor` times that
-    rate. Three fields concern predictions over a large vocabulary: `softmax`, the type its
-    products are made in while training (`float32`, `bfloat16`), `sampled_words`, how many words normalise them in
-    a training step (0: all), and `frequency_bias`, whether the biases of the readout start at the logarithms of the
-    words' frequencies (else as the model has them). What a trained model scores is always exact and in float32.
+    each epoch that is no better); torch's recurrent layers and the stable ones learn at
+    `recurrent_learning_rate_factor` times that rate. Three fields concern predictions over a large vocabulary:
+    `softmax`, the type its products are made in while training (`float32`, `bfloat16`), `sampled_words`, how many words
+    normalise them in a training step (0: all), and `frequency_bias`, whether the biases of the readout start at the
+    logarithms of the words' frequencies (else as the model has them). What a trained model scores is always exact and
+    in float32.
     """
 
     epochs: float = 20
@@ -82,6 +83,19 @@ class TrainingConfig:
             raise InputError(f"sampled_words must be at least 0, not {self.sampled_words}")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience must be at least 1, not {self.patience}")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells one training from another: every field, but for new ones that leave things as they were."""
+        return {name: value for name, value in asdict(self).items() if value != _NEW_FIELDS.get(name, ...)}
+
+
+#: fields that came to be after folders were named for the others, with the value that is how it was before
+_NEW_FIELDS = {"recurrent_learning_rate_factor": 1.0}
+
+
+def with_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recorded fields of a `TrainingConfig`, and those it did not have yet as they are by default."""
+    return {**asdict(TrainingConfig()), **training}
 
 
 @dataclass
@@ -538,10 +552,15 @@ def _parameter_groups(model: torch.nn.Module, config: TrainingConfig) -> list[di
     factor = config.recurrent_learning_rate_factor
     if factor == 1:
         return [{"params": list(model.parameters())}]
-    apart = {parameter for _, layer in find_recurrent(model) for parameter in layer.parameters()}
+    try:
+        layers = find_recurrent(model)
+    except InputError as error:
+        raise InputError(f"recurrent_learning_rate_factor must be 1 for {type(model).__name__}: {error}") from error
+    apart = {parameter for _, layer in layers for parameter in layer.parameters()}
+    recurrent = [p for p in model.parameters() if p in apart]
     return [
         {"params": [p for p in model.parameters() if p not in apart]},
-        {"params": [p for p in model.parameters() if p in apart], "factor": factor},
+        {"params": recurrent, "lr": config.learning_rate * factor, "factor": factor},
     ]
 
 
@@ -552,7 +571,7 @@ def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _with_defaults(about: dict[str, Any]) -> dict[str, Any]:
     """What a run is about, with the fields that came to be after it was begun: those do what was done before."""
     interface = {**Interface._field_defaults, **about["interface"]}
-    return {**about, "interface": interface, "training": {**asdict(TrainingConfig()), **about["training"]}}
+    return {**about, "interface": interface, "training": with_defaults(about["training"])}
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

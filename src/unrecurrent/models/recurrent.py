@@ -96,11 +96,12 @@ class RecurrentModel(SequenceModel):
 class RNN(RecurrentModel):
     """The tanh RNN, `h_t = tanh(W h_{t-1} + U x_t + b)`.
 
-    `leaky_units`, a share of the units of every layer, start as leaky averages of what drives them, with 0.95 of
+    `leaky_units`, a share of the units of every layer, start as leaky sums of what drives them, with 0.95 of
     themselves a step and nothing of the other units (Le, Jaitly and Hinton 2015, arXiv:1504.00941, start all of a ReLU
     layer from the identity). They hold what was read tens of steps ago before anything is learnt. `projected`: the
-    readout reads the state through a matrix that starts as 4 I. Predictions can then be sharp while the state stays
-    small, where the slope of tanh is close to 1 and a contracting W forgets no faster than its norm says.
+    readout reads the state through a matrix that starts as 4 I, repeated where its sides differ, so that it reads every
+    unit. Predictions can then be sharp while the state stays small, where the slope of tanh is close to 1 and a
+    contracting W forgets no faster than its norm says.
     """
 
     layer_class: ClassVar[type[nn.Module]] = nn.RNN
@@ -109,10 +110,17 @@ class RNN(RecurrentModel):
         super().__init__(interface, **settings)
         if projected:
             self.narrow = nn.Linear(self.hidden_size, self.readout.in_features, bias=False)
-            with torch.no_grad():
-                self.narrow.weight.copy_(GAIN * torch.eye(*self.narrow.weight.shape))
-        for number in range(self.layers):
-            _start_leaky(getattr(self.recurrence, f"weight_hh_l{number}"), round(leaky_units * self.hidden_size))
+            _start_projection(self.narrow.weight)
+        leaky = round(leaky_units * self.hidden_size)
+        for number in range(self.layers if leaky else 0):
+            _start_leaky(getattr(self.recurrence, f"weight_hh_l{number}"), leaky)
+
+
+@torch.no_grad()
+def _start_projection(weight: Tensor) -> None:
+    """Set weights to 4 I, repeated along the longer side."""
+    outputs, units = (torch.arange(size) for size in weight.shape)
+    weight.copy_(GAIN * (outputs[:, None] % len(units) == units % len(outputs)))
 
 
 @torch.no_grad()
