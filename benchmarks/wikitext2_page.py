@@ -41,9 +41,7 @@ which run side by side with one thread each.
 *Proved* holds for every text: for the models that read embeddings directly over the rows of their table, for
 `certified-lstm` over any input. *k\\** (1 % of the perplexity), the local rate and the truncated columns are estimates
 on 4,096 positions of the test text; "cut at k" is the trained model that sees the last k words only. The proved horizon
-is that of the state. A row's free twin has the same settings and training, and no constraint. Rows with "biases
-from 0" were trained before the readout's biases started at the frequencies of the words (`frequency_bias`): they
-compare with each other, and not with the rest.
+is that of the state. A row's free twin has the same settings and training, and no constraint.
 """
 
 
@@ -107,13 +105,11 @@ def main_row(row: str, done: dict[str, list[Record]], speed: Record | None) -> l
     first, (free, *_) = found[0], done.get(FREE, [None])
     cut = {r["k"]: r["mean"] for r in found[1:]}
     spread = "" if first["std"] is None else f" ± {first['std']:.1f}"
-    started_alike = first["training"].get("frequency_bias")
-    comparable = started_alike and first["table"] in ("one size", "feed-forward")
+    comparable = first["table"] in ("one size", "feed-forward")
     proved_rate = None if first["certified_rate"] is None else f"{first['certified_rate']:.4f}"
     local = None if first["local_rate"] is None else f"{first['local_rate']:.3f}"
-    remarks = ", ".join(filter(None, (first["variant"], None if started_alike else "biases from 0")))
     return [
-        f"`{row}`" + (f" ({remarks})" if remarks else ""),
+        f"`{row}`" + (f" ({first['variant']})" if first["variant"] else ""),
         shown(first["hidden_size"]),
         f"{first['params'] / 1e6:.2f} M",
         shown(first["minutes"], 0),
