@@ -102,13 +102,12 @@ ROWS = {
     "certified-lstm-plain": Row("certified-lstm-plain", ONE_SIZE, size(256) | {"rate": 0.995}),
     "certified-lstm-coupled": Row("certified-lstm-coupled", ONE_SIZE, size(256) | {"rate": 0.995}),
     "mingru": Row("mingru", ONE_SIZE, size(256)),
-    "lstm-front": Row("lstm", ONE_SIZE, size(256) | FRONT, variant="gated convolution over 2 words"),
-    "rnn-front": Row("rnn", ONE_SIZE, size(256) | FRONT, variant="gated convolution over 2 words"),
-    "stable-rnn-front": Row("stable-rnn", ONE_SIZE, size(256) | FRONT, variant="gated convolution over 2 words"),
     "gated-conv": Row("gated-conv", "feed-forward", size(128)),
     "tcn": Row("tcn", "feed-forward", size(136)),
     "window": Row("window", "feed-forward", size(196)),
 }
+for model in ("lstm", "rnn", "stable-rnn"):
+    ROWS[f"{model}-front"] = Row(model, ONE_SIZE, size(256) | FRONT, variant="gated convolution over 2 words")
 for rate in (0.8, 0.95, 0.98, 0.995):
     for model in ("certified-lstm", "certified-gru"):
         ROWS[f"{model}-{rate}"] = Row(model, "price", size(256) | {"rate": rate}, {"epochs": 3})
@@ -354,7 +353,7 @@ def main() -> None:
             records = train(name, task, arguments.seeds)
             write_records(target, records)
             print(name, {key: records[0][key] for key in ("mean", "valid_mean", "params", "minutes", "certified_rate")})
-        elif target.exists() and (Path(job(name, task, 0).folder) / "model.safetensors").exists():
+        elif target.exists() and job(name, task, 0).result_path.exists():
             write_records(FOLDER / "speed" / f"{name}.json", speed(name, task))
 
 
