@@ -36,6 +36,7 @@ from unrecurrent.jobs import MEMORY, job_folder, run_jobs
 from unrecurrent.memory import MemoryProfile
 from unrecurrent.models import SequenceModel, build_model, parameter_count
 from unrecurrent.models.recurrent import RecurrentModel
+from unrecurrent.optimizer_step import OptimizerStep
 from unrecurrent.recipes import find_recipe
 from unrecurrent.records import Record, commit, make_record, read_records, write_records
 from unrecurrent.task_memory import measure_on_task, memory_data
@@ -286,7 +287,10 @@ def training_speed(task: Task) -> list[Record]:
     batches = [b for b, _ in zip(training_batches(task, examples, config), range(TIMED + 1), strict=False)]
     plain, own = (build_model("lstm", task_interface(task), settings).train() for _ in range(2))
     sgd = torch.optim.SGD(plain.parameters(), lr=20)
-    adam, sampler = make_optimizer(own, config), word_sampler(task, examples, config)
+    optimize, sampler = (
+        OptimizerStep(make_optimizer(own, config), config.clip_norm),
+        word_sampler(task, examples, config),
+    )
 
     def plain_step(batch: Batch) -> None:
         sgd.zero_grad()
@@ -296,11 +300,8 @@ def training_speed(task: Task) -> list[Record]:
         sgd.step()
 
     def own_step(batch: Batch) -> None:
-        adam.zero_grad(set_to_none=True)
         loss, _ = training_loss(own, task, batch, own.init_cache(len(batch.inputs)), config, sampler)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(own.parameters(), config.clip_norm)
-        adam.step()
+        optimize(loss)
 
     seconds: dict[str, list[float]] = {"plain": [], "own": []}
     for batch in batches:

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from statistics import median
 
 import numpy as np
 import pytest
@@ -407,6 +408,16 @@ def test_voice_activity_lstm_is_seen_to_need_its_recurrence(data_dir):
             assert_fell_back(module, x, None, **options)
 
 
+@pytest.fixture
+def one_thread():
+    """Processor time is then that of the run: threads that wait for others count in it, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", KINDS)
 def test_costs_little_where_nothing_can_be_gained(kind):
     """Processor time, so that other work on the machine does not count; the first call measures the machine too."""
@@ -421,14 +432,14 @@ def test_costs_little_where_nothing_can_be_gained(kind):
         return time.process_time() - begun, result
 
     with torch.no_grad():
-        ratios = []
-        for _ in range(3):
+        alone, attempts = [], []
+        for _ in range(5):
             forget_costs()
-            alone, _ = seconds(lambda: module(x))
-            with_attempt, (_, _, evidence) = seconds(lambda: run_parallel(module, x))
+            alone.append(seconds(lambda: module(x))[0])
+            taken, (_, _, evidence) = seconds(lambda: run_parallel(module, x))
             assert evidence.mode == "sequential"
-            ratios.append(with_attempt / alone)
-    assert min(ratios) <= 1.5
+            attempts.append(taken)
+    assert median(attempts) <= 1.5 * median(alone)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unrecurrent import softmax
+from unrecurrent.errors import InputError
 from unrecurrent.softmax import (
     WordSample,
     WordSampler,
@@ -53,6 +54,29 @@ def test_the_sampled_loss_and_its_gradients_are_the_plain_ones(rows, size):
     plain = sampled_reference(hidden, weight, bias, targets, sample).mean()
     torch.testing.assert_close(fast, plain)
     torch.testing.assert_close(gradients(fast, hidden, weight, bias), gradients(plain, hidden, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [64, 1 << 24])
+def test_sparse_gradients_are_the_dense_ones(monkeypatch, dtype, chunk):
+    monkeypatch.setattr(softmax, "CHUNK_NUMBERS", chunk)
+    hidden, weight, bias, targets = problem(31, 7, 101, torch.float32)
+    sample = WordSampler(torch.arange(101, 0, -1), 20).draw()
+    both = []
+    for sparse in (False, True):
+        loss = linear_cross_entropy(hidden, weight, bias, targets, sample, dtype, sparse)
+        both.append(gradients(loss, hidden, weight, bias))
+    (hidden_dense, dense, bias_dense), (hidden_sparse, rows, bias_sparse) = both
+    assert rows.is_sparse
+    assert len(rows.coalesce().indices()[0]) < 101
+    torch.testing.assert_close(rows.to_dense(), dense, rtol=1e-5, atol=1e-7)  # terms of a row in another order
+    assert torch.equal(hidden_dense, hidden_sparse)
+    assert torch.equal(bias_dense, bias_sparse)
+
+
+def test_sparse_gradients_need_a_sample():
+    with pytest.raises(InputError, match="needs a sample"):
+        linear_cross_entropy(*problem(3, 4, 9), sparse=True)
 
 
 def test_a_sample_of_all_words_is_exact():

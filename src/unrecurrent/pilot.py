@@ -100,8 +100,9 @@ def forgetting(engine: Engine, x: Tensor, options: Options, ledger: Ledger) -> t
             if pilot.longest < pilot.room:
                 raise NotWorthIt(f"to see whether the module forgets takes more than {lag} steps, which cost too much")
             raise GiveUp(f"the module still remembers its start state after {lag} steps (by {apart:.1e})")
-        pilot.advance_pair()
-        apart, lag = pilot.apart(), lag + PILOT_BLOCK
+        block = pilot.next_block(lag)
+        pilot.advance_pair(block)
+        apart, lag = pilot.apart(), lag + block
         if ledger.cost is not None:
             chunks = _cheapest_chunks(len(x), x.shape[1], lag, ledger.cost)
             _predicted(Plan.cut(len(x), chunks, lag), x.shape[1], ledger)
@@ -114,7 +115,7 @@ def forgetting(engine: Engine, x: Tensor, options: Options, ledger: Ledger) -> t
     if rounding > options.tol:
         raise GiveUp(f"rounding alone would reach {rounding:.1e}, more than tol: use float64 or a larger tol")
     inside = np.log(before / target) / np.log(before / max(apart, 1e-30))
-    exact = lag - PILOT_BLOCK * (1 - inside)
+    exact = lag - block * (1 - inside)
     return int(1.25 * exact) + 3, rate
 
 
@@ -132,7 +133,7 @@ class Pilot:
         self.at = torch.linspace(0, last, windows, device=x.device).long()
         state = engine.zero_state(rows)
         for _ in range(history // PILOT_BLOCK):
-            state = self._advance(state, copies=1)
+            state = self._advance(state, PILOT_BLOCK, copies=1)
         self.dtype = state[0].dtype
         zeros = engine.zero_state(rows)
         self.state: State = tuple(torch.cat([part, zero], dim=1) for part, zero in zip(state, zeros, strict=True))
@@ -144,15 +145,19 @@ class Pilot:
             return self.room
         return min(self.room, int(_PILOT_SHARE * cost.sequential * len(self.x) / cost.batched(rows)))
 
-    def _advance(self, state: State, copies: int) -> State:
-        index = self.at + torch.arange(PILOT_BLOCK, device=self.x.device)[:, None]
+    def _advance(self, state: State, steps: int, copies: int) -> State:
+        index = self.at + torch.arange(steps, device=self.x.device)[:, None]
         block = self.x[index].flatten(1, 2)
-        self.at = self.at + PILOT_BLOCK
-        self.ledger.charge(PILOT_BLOCK, block.shape[1] * copies)
+        self.at = self.at + steps
+        self.ledger.charge(steps, block.shape[1] * copies)
         return self.engine.advance(torch.cat([block] * copies, dim=1), state)[1]
 
-    def advance_pair(self) -> None:
-        self.state = self._advance(self.state, copies=2)
+    def next_block(self, lag: int) -> int:
+        """An eighth of the steps so far: looking after every few would cost more than the steps do."""
+        return min(max(PILOT_BLOCK, lag // 8), self.longest - lag)
+
+    def advance_pair(self, steps: int) -> None:
+        self.state = self._advance(self.state, steps, copies=2)
 
     def apart(self) -> float:
         half = self.state[0].shape[1] // 2

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from unrecurrent.errors import InputError
+
 #: logits a chunk of rows may hold at a time
 CHUNK_NUMBERS = 1 << 24
 #: the power of a word's count its chance to be sampled goes with: flatter than the counts, for rare words push hard
@@ -93,6 +95,7 @@ def linear_cross_entropy(
     targets: Tensor,
     sample: WordSample | None = None,
     dtype: torch.dtype | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     """Return the mean over rows of `−log p(y)`, `p = softmax(W h + b)`, with gradients.
 
@@ -106,6 +109,11 @@ def linear_cross_entropy(
         targets: `(N,)` word numbers.
         sample: the words to normalise over (`None`: all, exactly).
         dtype: what products are made in (default: that of `hidden`); bfloat16 rounds a logit to 3 digits.
+        sparse: with a sample, let the gradient of `weight` be a sparse tensor of the rows it reaches, as
+            `nn.Embedding(sparse=True)` does.
+
+    Raises:
+        InputError: `sparse` without a sample: every row has a gradient then.
 
     >>> hidden, weight = torch.randn(5, 4), torch.randn(9, 4)
     >>> targets = torch.arange(5)
@@ -113,7 +121,9 @@ def linear_cross_entropy(
     >>> bool(torch.isclose(linear_cross_entropy(hidden, weight, None, targets), exact))
     True
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, sample, dtype or hidden.dtype)
+    if sparse and sample is None:
+        raise InputError("sparse needs a sample: without one every row of weight has a gradient")
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, sample, dtype or hidden.dtype, sparse)
 
 
 @torch.no_grad()
@@ -183,6 +193,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         sample: WordSample | None,
         dtype: torch.dtype,
+        sparse: bool,
     ) -> Tensor:
         head = _Head(weight, bias, sample, dtype)
         slope_rows = torch.zeros(len(head.rows), weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -197,13 +208,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope_rows += others.T @ h.to(dtype)
             slope_offset += part.others.sum(0)
             misses.append(miss)
-        slope_weight, slope_bias = slope_rows, slope_offset
-        if sample is not None:
-            slope_weight = torch.zeros_like(weight).index_copy_(0, sample.words, slope_rows)
-            slope_bias = torch.zeros_like(slope_weight[:, 0]).index_copy_(0, sample.words, slope_offset)
-        miss = torch.cat(misses)
-        slope_weight.index_add_(0, targets, miss[:, None] * hidden)
-        slope_bias.index_add_(0, targets, miss.to(slope_bias))
+        miss, words = torch.cat(misses), None if sample is None else sample.words
+        slope_weight = _of_all_words(words, slope_rows, targets, miss[:, None] * hidden, len(weight), sparse)
+        slope_bias = _of_all_words(words, slope_offset, targets, miss.to(slope_offset), len(weight))
         ctx.has_bias = bias is not None
         ctx.save_for_backward(torch.cat(slopes_hidden), slope_weight, slope_bias)
         return (total / len(hidden)).to(hidden.dtype)
@@ -214,4 +221,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         if slope != 1:
             hidden, weight, bias = hidden * slope, weight * slope, bias * slope
-        return hidden, weight, bias if ctx.has_bias else None, None, None, None
+        return hidden, weight, bias if ctx.has_bias else None, None, None, None, None
+
+
+def _of_all_words(
+    words: Tensor | None, slopes: Tensor, targets: Tensor, misses: Tensor, count: int, sparse: bool = False
+) -> Tensor:
+    """Return the slopes `(count, ...)` of all words: those of `words` (`None`: all), and what the targets add."""
+    if words is None:
+        return slopes.index_add_(0, targets, misses)
+    size = (count, *slopes.shape[1:])
+    if sparse:
+        places, values = torch.cat([words, targets]), torch.cat([slopes, misses])
+        return torch.sparse_coo_tensor(places[None], values, size, check_invariants=False)
+    return slopes.new_zeros(size).index_copy_(0, words, slopes).index_add_(0, targets, misses)

@@ -12,6 +12,7 @@ import torch
 
 from unrecurrent.batches import Batch
 from unrecurrent.models import SequenceModel
+from unrecurrent.optimizer_step import OptimizerStep
 from unrecurrent.softmax import WordSampler
 from unrecurrent.tasks.task import Task
 from unrecurrent.training import (
@@ -114,14 +115,12 @@ def timers_of(
     """
     train, score = train.to(model.device), score.to(model.device)
     scored, model = model.eval(), copy.deepcopy(model)
-    optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-12))
+    step = OptimizerStep(make_optimizer(model, TrainingConfig(learning_rate=1e-12)), training.clip_norm)
 
     def train_step() -> None:
         model.train()
-        optimizer.zero_grad(set_to_none=True)
         loss, _ = training_loss(model, task, train, model.init_cache(len(train.inputs)), training, sampler)
-        loss.backward()
-        optimizer.step()
+        step(loss)
         model.project()
 
     @torch.no_grad()

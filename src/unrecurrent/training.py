@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from unrecurrent.checkpoint import TRAINING, load_tensors, save_model, save_tens
 from unrecurrent.errors import Diverged, InputError
 from unrecurrent.files import make_folder, write_text
 from unrecurrent.models import Cache, Interface, SequenceModel, Settings, build_model, parameter_count
+from unrecurrent.optimizer_step import OptimizerStep
 from unrecurrent.softmax import WordSampler, linear_cross_entropy, linear_losses
 from unrecurrent.tasks.task import Example, Split, Task
 
@@ -193,15 +195,34 @@ def training_loss(
     config: TrainingConfig,
     sampler: WordSampler | None = None,
 ) -> tuple[Tensor, Cache]:
-    """Return the mean loss of the steps that count, to be differentiated, and the next cache."""
+    """Return the mean loss of the steps that count, to be differentiated, and the next cache.
+
+    With a sampler, few rows of the tables of words get gradients: these are sparse, as `OptimizerStep` takes them.
+    """
     if not task.large_vocabulary:
         outputs, cache = model.advance(batch.inputs, cache)
         return losses(task, outputs, batch).mean(), cache
-    hidden, cache = model.advance_hidden(batch.inputs, cache)
+    with sparse_embedding(model, sampler is not None):
+        hidden, cache = model.advance_hidden(batch.inputs, cache)
     hidden, targets = counted(batch, hidden)
     sample = sampler.draw().to(hidden.device) if sampler else None
     readout, dtype = model.readout, _DTYPES[config.softmax]
-    return linear_cross_entropy(hidden, readout.weight, readout.bias, targets, sample, dtype), cache
+    sparse = sample is not None
+    return linear_cross_entropy(hidden, readout.weight, readout.bias, targets, sample, dtype, sparse), cache
+
+
+@contextmanager
+def sparse_embedding(model: SequenceModel, sparse: bool) -> Iterator[None]:
+    """Let the words that are read inside have sparse gradients; the model is as it was afterwards."""
+    embedding, before = model.embedding, False if model.embedding is None else model.embedding.sparse
+    if embedding is None or before == sparse:
+        yield
+        return
+    embedding.sparse = sparse
+    try:
+        yield
+    finally:
+        embedding.sparse = before
 
 
 def word_sampler(task: Task, examples: Sequence[Example], config: TrainingConfig) -> WordSampler | None:
@@ -349,6 +370,7 @@ class TrainingRun:
         if self.config.frequency_bias and self.task.large_vocabulary:
             start_at_frequencies(self.model, word_counts(self.task, self.examples["train"]))
         self.optimizer = make_optimizer(self.model, self.config)
+        self.step = OptimizerStep(self.optimizer, self.config.clip_norm)
         self.best = _copied(self.model.state_dict())
         self.sampler = word_sampler(self.task, self.examples["train"], self.config)
         batches = batch_count(self.task, self.examples["train"], self.config)
@@ -386,7 +408,6 @@ class TrainingRun:
             self.cache = self.model.init_cache(batch.inputs.shape[0])
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate() * group.get("factor", 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
         loss, cache = training_loss(self.model, self.task, batch, self.cache, self.config, self.sampler)
         value = loss.item()
         if not math.isfinite(value):
@@ -394,9 +415,7 @@ class TrainingRun:
                 f"the training loss of {self.model_name!r} became {value} at step {self.progress.step}:"
                 " lower the learning rate or clip_norm"
             )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        self.step(loss)
         self.model.project()
         self.cache = tuple(part.detach() for part in cache)
         return value
