@@ -153,9 +153,33 @@ def page() -> str:
             parts.append("".join(f"- `{row}`, validation by epoch: {falling(found[0])}\n" for row, found in rows))
         if name == "price":
             parts.append(f"![test perplexity against the certified rate]({FIGURE.name})\n")
-    settings = [f"- `{row}`: {found[0]['settings']}, {found[0]['training']}" for row, found in sorted(done.items())]
-    parts.append("## Settings\n\n" + "\n".join(settings) + "\n")
+    if done:
+        parts.append(settings_of({row: found[0] for row, found in sorted(done.items())}))
     return "\n".join(parts)
+
+
+def settings_of(rows: dict[str, Record]) -> str:
+    """Return the section on how rows were built and trained: what is common once, then what each has of its own."""
+    every = {row: {**r["settings"], **with_defaults(r["training"])} for row, r in rows.items()}
+    for own in every.values():
+        del own["seed"]  # a row is trained from several
+    first, *others = every.values()
+    shared = {key: value for key, value in first.items() if all(o.get(key, ...) == value for o in others)}
+    lines = [f"- all rows: {listed(shared)}"]
+    lines += [f"- `{row}`: {listed({k: v for k, v in own.items() if k not in shared})}" for row, own in every.items()]
+    return "## Settings\n\n" + "\n".join(lines) + "\n"
+
+
+def listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def apart(heights: list[float], gap: float = 15) -> list[float]:
+    """Return rising heights of labels moved down, where they must be, to stand `gap` apart."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    return moved
 
 
 def figure() -> str | None:
@@ -196,9 +220,10 @@ def figure() -> str | None:
         for rate, mean, horizon in points:
             drawn.append(f'<circle cx="{x(rate):.1f}" cy="{y(mean):.1f}" r="5" fill="{COLOURS[model]}"/>')
             drawn.append(text(x(rate) + 8, y(mean) - 8, f"{horizon:,}", colour=COLOURS[model]))
-        if points:
-            drawn.append(text(WIDTH - RIGHT + 10, y(points[-1][1]) + 4, model, colour=COLOURS[model]))
-    for model, mean in marks.items():
+    for mean in marks.values():
         drawn.append(f'<path d="M{LEFT},{y(mean):.1f} H{WIDTH - RIGHT}" stroke="#444" stroke-dasharray="5 4"/>')
-        drawn.append(text(WIDTH - RIGHT + 10, y(mean) + 4, f"{model} {mean:.0f}"))
+    names = [(y(points[-1][1]), model, COLOURS[model]) for model, points in curves.items() if points]
+    names += [(y(mean), f"{model} {mean:.0f}", "#444") for model, mean in marks.items()]
+    for height, (_, name, colour) in zip(apart(sorted(n[0] for n in names)), sorted(names), strict=True):
+        drawn.append(text(WIDTH - RIGHT + 10, height + 4, name, colour=colour))
     return drawing(WIDTH, HEIGHT, drawn)
