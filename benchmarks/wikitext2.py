@@ -287,10 +287,8 @@ def training_speed(task: Task) -> list[Record]:
     batches = [b for b, _ in zip(training_batches(task, examples, config), range(TIMED + 1), strict=False)]
     plain, own = (build_model("lstm", task_interface(task), settings).train() for _ in range(2))
     sgd = torch.optim.SGD(plain.parameters(), lr=20)
-    optimize, sampler = (
-        OptimizerStep(make_optimizer(own, config), config.clip_norm),
-        word_sampler(task, examples, config),
-    )
+    optimize = OptimizerStep(make_optimizer(own, config), config.clip_norm)
+    sampler = word_sampler(task, examples, config)
 
     def plain_step(batch: Batch) -> None:
         sgd.zero_grad()

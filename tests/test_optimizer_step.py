@@ -1,29 +1,34 @@
 """The optimizer's step: sparse gradients of large tables must lead where dense ones do."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from unrecurrent.batches import Batch
 from unrecurrent.models import Interface, build_model
 from unrecurrent.optimizer_step import OptimizerStep
-from unrecurrent.training import TrainingConfig, make_optimizer, sparse_embedding
+from unrecurrent.softmax import WordSampler, sampled_reference
+from unrecurrent.training import TrainingConfig, make_optimizer, sparse_embedding, training_loss
 
 WORDS = 50
 
 
 class Tables(nn.Module):
-    """A table of words, read by number and as a matrix, and one that is only read by number."""
+    """A table of words that is read twice, and one that is read once; `as_matrix`: all of the first, besides."""
 
-    def __init__(self, sparse):
+    def __init__(self, sparse, as_matrix=False):
         super().__init__()
+        self.as_matrix = as_matrix
         self.tied = nn.Embedding(WORDS, 6, sparse=sparse)
         self.other = nn.Embedding(WORDS, 6, sparse=sparse)
         self.mix = nn.Linear(6, 6)
 
     def forward(self, words):
-        return (self.mix(self.tied(words) + self.other(words.flip(0))) * self.tied(words.flip(0))).square().sum()
+        read = (self.mix(self.tied(words) + self.other(words.flip(0))) * self.tied(words.flip(0))).square().sum()
+        return read + self.tied.weight.cos().sum() if self.as_matrix else read
 
 
 def plain_step(model, optimizer, loss, clip_norm):
@@ -35,12 +40,13 @@ def plain_step(model, optimizer, loss, clip_norm):
     return norm
 
 
+@pytest.mark.parametrize("as_matrix", [False, True])
 @pytest.mark.parametrize("clip_norm", [1e-2, 1e6])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_sparse_gradients_lead_where_dense_ones_do(clip_norm, optimizer):
+@pytest.mark.parametrize("optimizer", [{"optimizer": "adamw"}, {"optimizer": "sgd", "momentum": 0.9}])
+def test_sparse_gradients_lead_where_dense_ones_do(optimizer, clip_norm, as_matrix):
     torch.manual_seed(0)
-    config = TrainingConfig(optimizer=optimizer, learning_rate=0.02, clip_norm=clip_norm, weight_decay=0.1)
-    dense, sparse = Tables(False).double(), Tables(True).double()
+    config = TrainingConfig(**optimizer, learning_rate=0.02, clip_norm=clip_norm, weight_decay=0.1)
+    dense, sparse = (Tables(each, as_matrix).double() for each in (False, True))
     sparse.load_state_dict(dense.state_dict())
     by_hand = make_optimizer(dense, config)
     step = OptimizerStep(make_optimizer(sparse, config), clip_norm)
@@ -66,12 +72,46 @@ def test_dense_gradients_take_the_plain_step_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_a_step_leaves_no_zeros_in_place_of_a_sparse_gradient():
+def test_nothing_of_a_step_is_left_for_the_next():
     model = Tables(True)
-    step = OptimizerStep(make_optimizer(model, TrainingConfig()), 1.0)
-    step(model(torch.arange(4)))
-    assert model.tied.weight.grad is None
-    assert all(not table.any() for table in step.tables.values())
+    optimizer = make_optimizer(model, TrainingConfig())
+    step = OptimizerStep(optimizer, 1.0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(model(torch.arange(4)))
+    hook.remove()
+    step(model(torch.arange(5, 7)))
+    assert len(step.tables) == 2
+    assert not any(table.any() for table in step.tables.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_over_sampled_words_the_tables_have_sparse_gradients_with_the_values_of_dense_ones(tied):
+    settings = {"hidden_size": 4, "embedding_size": 4, "tied": tied}
+    model = build_model("lstm", Interface(WORDS, None, WORDS), settings)
+    words = torch.randint(WORDS, (2, 5), generator=torch.Generator().manual_seed(0))
+    batch = Batch(words, words.roll(-1, 1), None, fresh=True)
+    sampler = WordSampler(torch.arange(WORDS, 0, -1), 8)
+    task, config = SimpleNamespace(large_vocabulary=True), TrainingConfig(sampled_words=8)
+
+    torch.manual_seed(1)
+    training_loss(model, task, batch, model.init_cache(2), config, sampler)[0].backward()
+    tables = {"embedding.weight", "readout.weight"}
+    assert {name for name, p in model.named_parameters(remove_duplicate=False) if p.grad.is_sparse} == tables
+    found = [p.grad.to_dense() for p in model.parameters()]
+
+    torch.manual_seed(1)
+    sample = sampler.draw()
+    hidden, _ = model.advance_hidden(words, model.init_cache(2))
+    readout = model.readout
+    losses = sampled_reference(hidden.flatten(0, 1), readout.weight, readout.bias, batch.targets.flatten(), sample)
+    wanted = torch.autograd.grad(losses.mean(), list(model.parameters()))
+    torch.testing.assert_close(found, list(wanted), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("before", [False, True])

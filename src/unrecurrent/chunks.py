@@ -12,7 +12,7 @@ from unrecurrent.engines import Engine, State, StepCost
 from unrecurrent.pages import new_empty
 
 _BLOCK = 16  # steps between two looks at the states, or two kicks
-_LONG_BLOCK = 128  # steps at once where nobody looks; bounds the working memory
+LONG_BLOCK = 128  # steps at once where nobody looks; bounds the working memory
 
 # With verify="outputs" the inputs of the second run move by this many eps; a step itself rounds by this many.
 KICK, ROUNDING_A_STEP = 16, 4
@@ -114,7 +114,7 @@ class Attempt:
         self.module = module
         self.batch = x.shape[1]
         self.block = plan.warmup + plan.length if torch.is_grad_enabled() else _BLOCK
-        self.long_block = max(self.block, _LONG_BLOCK)
+        self.long_block = max(self.block, LONG_BLOCK)
         self.y: Tensor | None = None
         self.starts: State = ()
         self.ends: State = ()
@@ -272,7 +272,7 @@ class Attempt:
         """Of a second run with kicks: the first row of each block, the change in each step, the states after it."""
         table = self._table()
         state: State = tuple(part.flatten(1, 2) for part in others)
-        for row, begin, end in self.plan.segments(_LONG_BLOCK):
+        for row, begin, end in self.plan.segments(LONG_BLOCK):
             if begin < self.plan.warmup:
                 continue
             state = self._join(state, row, begin, first)

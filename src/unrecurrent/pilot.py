@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unrecurrent.chunks import GiveUp, Ledger, NotWorthIt, Plan, TryAPart
+from unrecurrent.chunks import LONG_BLOCK, GiveUp, Ledger, NotWorthIt, Plan, TryAPart
 from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, is_stock, step_cost
 from unrecurrent.evidence import Options
 
@@ -153,8 +153,11 @@ class Pilot:
         return self.engine.advance(torch.cat([block] * copies, dim=1), state)[1]
 
     def next_block(self, lag: int) -> int:
-        """An eighth of the steps so far: looking after every few would cost more than the steps do."""
-        return min(max(PILOT_BLOCK, lag // 8), self.longest - lag)
+        """An eighth of the steps so far, between bounds: looking after every few would cost more than the steps do.
+
+        `forgetting` asks while a block of the least size is left.
+        """
+        return min(max(PILOT_BLOCK, lag // 8), LONG_BLOCK, self.longest - lag)
 
     def advance_pair(self, steps: int) -> None:
         self.state = self._advance(self.state, steps, copies=2)

@@ -232,6 +232,7 @@ def _of_all_words(
         return slopes.index_add_(0, targets, misses)
     size = (count, *slopes.shape[1:])
     if sparse:
+        # Checking that every place is in the table would take as long as making it; words and targets are.
         places, values = torch.cat([words, targets]), torch.cat([slopes, misses])
         return torch.sparse_coo_tensor(places[None], values, size, check_invariants=False)
     return slopes.new_zeros(size).index_copy_(0, words, slopes).index_add_(0, targets, misses)

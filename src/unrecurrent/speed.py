@@ -106,7 +106,7 @@ def timers_of(
     training: TrainingConfig,
     sampler: WordSampler | None = None,
 ) -> tuple[Callable[[], None], ...]:
-    """Return what is timed: one training step, one scoring pass, a few steps of generation.
+    """Return what is timed: one training step, clipping included, one scoring pass, a few steps of generation.
 
     Where a task has two parts, what is written after the separator is generated; reading up to it is not timed.
 

@@ -197,32 +197,32 @@ def training_loss(
 ) -> tuple[Tensor, Cache]:
     """Return the mean loss of the steps that count, to be differentiated, and the next cache.
 
-    With a sampler, few rows of the tables of words get gradients: these are sparse, as `OptimizerStep` takes them.
+    With a sampler, few rows of the tables of words get gradients: these are sparse, and `OptimizerStep` must take them.
     """
     if not task.large_vocabulary:
         outputs, cache = model.advance(batch.inputs, cache)
         return losses(task, outputs, batch).mean(), cache
-    with sparse_embedding(model, sampler is not None):
+    sparse = sampler is not None
+    with sparse_embedding(model, sparse):
         hidden, cache = model.advance_hidden(batch.inputs, cache)
     hidden, targets = counted(batch, hidden)
     sample = sampler.draw().to(hidden.device) if sampler else None
     readout, dtype = model.readout, _DTYPES[config.softmax]
-    sparse = sample is not None
     return linear_cross_entropy(hidden, readout.weight, readout.bias, targets, sample, dtype, sparse), cache
 
 
 @contextmanager
 def sparse_embedding(model: SequenceModel, sparse: bool) -> Iterator[None]:
-    """Let the words that are read inside have sparse gradients; the model is as it was afterwards."""
-    embedding, before = model.embedding, False if model.embedding is None else model.embedding.sparse
-    if embedding is None or before == sparse:
+    """Let the words that are read inside have sparse gradients, or dense ones; the model is as it was afterwards."""
+    embedding = model.embedding
+    if embedding is None or embedding.sparse == sparse:
         yield
         return
     embedding.sparse = sparse
     try:
         yield
     finally:
-        embedding.sparse = before
+        embedding.sparse = not sparse
 
 
 def word_sampler(task: Task, examples: Sequence[Example], config: TrainingConfig) -> WordSampler | None:
@@ -370,7 +370,7 @@ class TrainingRun:
         if self.config.frequency_bias and self.task.large_vocabulary:
             start_at_frequencies(self.model, word_counts(self.task, self.examples["train"]))
         self.optimizer = make_optimizer(self.model, self.config)
-        self.step = OptimizerStep(self.optimizer, self.config.clip_norm)
+        self.optimize = OptimizerStep(self.optimizer, self.config.clip_norm)
         self.best = _copied(self.model.state_dict())
         self.sampler = word_sampler(self.task, self.examples["train"], self.config)
         batches = batch_count(self.task, self.examples["train"], self.config)
@@ -415,7 +415,7 @@ class TrainingRun:
                 f"the training loss of {self.model_name!r} became {value} at step {self.progress.step}:"
                 " lower the learning rate or clip_norm"
             )
-        self.step(loss)
+        self.optimize(loss)
         self.model.project()
         self.cache = tuple(part.detach() for part in cache)
         return value
