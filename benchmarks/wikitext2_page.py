@@ -207,7 +207,7 @@ def figure() -> str | None:
         text(
             LEFT,
             44,
-            "256 units, three epochs; dashed: free or under the paper's conditions; at points: proved horizon, words",
+            "256 units, three epochs; dashed: not certified; numbers: proved horizon in words",
         ),
     ]
     for level in (*range(100, 200, 10), *range(200, 500, 20)):
