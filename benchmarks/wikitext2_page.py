@@ -204,11 +204,7 @@ def figure() -> str | None:
 
     drawn = [
         text(LEFT, 24, "WikiText-2: test perplexity against the certified rate", size=16),
-        text(
-            LEFT,
-            44,
-            "256 units, three epochs; dashed: not certified; numbers: proved horizon in words",
-        ),
+        text(LEFT, 44, "256 units, three epochs; dashed: not certified; numbers: proved horizon in words"),
     ]
     for level in (*range(100, 200, 10), *range(200, 500, 20)):
         if low <= math.log(level) <= high:
@@ -229,6 +225,7 @@ def figure() -> str | None:
         drawn.append(f'<path d="M{LEFT},{y(mean):.1f} H{WIDTH - RIGHT}" stroke="#444" stroke-dasharray="5 4"/>')
     names = [(y(points[-1][1]), model, COLOURS[model]) for model, points in curves.items() if points]
     names += [(y(mean), f"{model} {mean:.0f}", "#444") for model, mean in marks.items()]
-    for height, (_, name, colour) in zip(apart(sorted(n[0] for n in names)), sorted(names), strict=True):
+    names.sort()
+    for height, (_, name, colour) in zip(apart([height for height, *_ in names]), names, strict=True):
         drawn.append(text(WIDTH - RIGHT + 10, height + 4, name, colour=colour))
     return drawing(WIDTH, HEIGHT, drawn)
