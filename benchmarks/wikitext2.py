@@ -116,8 +116,8 @@ for model in ("lstm", "stable-lstm", "gru"):
     ROWS[f"{model}-3"] = Row(model, "price", size(256), {"epochs": 3})
 # As large and as long as an hour and a half on one thread allows; more dropout, since the tables are larger.
 LONG = {"embedding_size": 320, "dropout": 0.4, "input_dropout": 0.4}
-ROWS["lstm-long"] = Row("lstm", "long", size(320) | LONG, {"epochs": 11})
-ROWS["certified-lstm-long"] = Row("certified-lstm", "long", WINNER | size(392) | LONG, {"epochs": 8})
+ROWS["lstm-long"] = Row("lstm", "long", size(320) | LONG, {"epochs": 15})
+ROWS["certified-lstm-long"] = Row("certified-lstm", "long", WINNER | size(392) | LONG, {"epochs": 11})
 ROWS["lstm-1"] = Row("lstm", "truncated", size(256), {"epochs": 1})
 for k in TRUNCATED:
     ROWS[f"ngram-lstm-{k}"] = Row("ngram-lstm", "truncated", size(256) | {"k": k}, {"epochs": 1})
