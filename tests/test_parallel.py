@@ -27,6 +27,7 @@ from unrecurrent.engines import (
 from unrecurrent.errors import InputError
 from unrecurrent.lyapunov import _prepare_forward_mode
 from unrecurrent.parallel import Parallel, chunked_reference, run_parallel
+from unrecurrent.speed import one_thread
 from unrecurrent.stability import StableGRU, StableRNN
 from unrecurrent.stable_lstm import StableLSTM
 
@@ -408,13 +409,11 @@ def test_voice_activity_lstm_is_seen_to_need_its_recurrence(data_dir):
             assert_fell_back(module, x, None, **options)
 
 
-@pytest.fixture
-def one_thread():
+@pytest.fixture(name="one_thread")
+def on_one_thread():
     """Processor time is then that of the run: threads that wait for others count in it, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -10,6 +10,7 @@ from torch import nn
 from late_look import LooksLate, late_inputs
 from unrecurrent.errors import InputError
 from unrecurrent.sharded import _largest_of, accumulated, run_sharded
+from unrecurrent.speed import one_thread
 
 RANKS, STEPS = 2, 2400
 SCRIPT = """
@@ -96,13 +97,11 @@ def folder(tmp_path_factory):
 def sequential(kind):
     """In one call; for the chaotic module in one call a rank, since its trajectory shows how a product was blocked."""
     module, (x, state) = make(kind), inputs(kind)
-    outputs, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
+    outputs = []
+    with torch.no_grad(), one_thread():
         for part in x.chunk(RANKS if kind == "chaotic" else 1):
             y, state = module(part, state)
             outputs.append(y)
-    torch.set_num_threads(threads)
     return torch.cat(outputs), state
 
 

@@ -41,8 +41,29 @@ def test_the_exact_loss_and_its_gradients_are_the_plain_ones(monkeypatch, rows, 
         cross_entropy_reference(hidden, weight, bias, targets),
     )
     torch.testing.assert_close(fast, plain.mean())
-    torch.testing.assert_close(linear_losses(hidden, weight, bias, targets), plain.detach())
     torch.testing.assert_close(gradients(fast, *leaves), gradients(plain.mean(), *leaves))
+
+
+@pytest.mark.parametrize(("rows", "width", "words"), [(0, 2, 3), (1, 1, 1), (7, 5, 3), (33, 9, 101)])
+@pytest.mark.parametrize("tile", [1, 2, 10, 33, 1024])
+@pytest.mark.parametrize("biased", [True, False])
+def test_losses_from_tiles_of_logits_are_the_plain_ones(monkeypatch, rows, width, words, tile, biased):
+    """Also where a tile holds no word but the target, and where logits lie far apart."""
+    monkeypatch.setattr(softmax, "TILE", tile)
+    hidden, weight, bias, targets = problem(rows, width, words)
+    for scale in (1, 300):
+        arguments = (scale * hidden, weight, bias if biased else None, targets)
+        plain = cross_entropy_reference(*arguments).detach()
+        torch.testing.assert_close(linear_losses(*arguments), plain)
+
+
+def test_losses_in_bfloat16_are_near_and_keep_the_target_exact(monkeypatch):
+    monkeypatch.setattr(softmax, "TILE", 16)
+    hidden, weight, bias, targets = problem(64, 8, 101, torch.float32)
+    near = linear_losses(hidden, weight, bias, targets, torch.bfloat16)
+    plain = cross_entropy_reference(hidden, weight, bias, targets).detach()
+    assert near.dtype == torch.float32
+    assert 0 < (near - plain).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (20, 13), (50, 101)])

@@ -16,6 +16,8 @@ from unrecurrent.errors import InputError
 
 #: logits a chunk of rows may hold at a time
 CHUNK_NUMBERS = 1 << 24
+#: rows and words of a tile of logits where no gradient is wanted
+TILE = 1024
 #: the power of a word's count its chance to be sampled goes with: flatter than the counts, for rare words push hard
 POWER = 0.75
 
@@ -130,10 +132,37 @@ def linear_cross_entropy(
 def linear_losses(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return the exact `−log p(y)` of every row, `(N,)` in float32, without gradients; arguments as above."""
-    head = _Head(weight, bias, None, dtype or hidden.dtype)
-    parts = [head.exponentials(h, y) for h, y in head.chunks(hidden, targets)]
-    return torch.cat([part.losses for part in parts]) if parts else hidden.new_zeros(0)
+    """Return the exact `−log p(y)` of every row, `(N,)` in float32, without gradients; arguments as above.
+
+    Logits are made in tiles that stay in the processor's cache, and each tile leaves the logarithm of its sum.
+    """
+    dtype = dtype or hidden.dtype
+    rows, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    parts = [hidden.new_zeros(0)]
+    for h, y in zip(hidden.split(TILE), targets.split(TILE), strict=True):
+        own = _own_logits(h, weight, bias, y)
+        tiles = (
+            _tile_of_others(h.to(dtype), rows[j : j + TILE], None if offset is None else offset[j : j + TILE], y - j)
+            for j in range(0, len(rows), TILE)
+        )
+        parts.append(torch.stack([own, *tiles]).logsumexp(0) - own)
+    return torch.cat(parts)
+
+
+def _own_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Return the logit of each row's target in full precision, `(N,)`."""
+    own = (hidden * weight[targets]).sum(-1)
+    return own if bias is None else own + bias[targets]
+
+
+def _tile_of_others(hidden: Tensor, rows: Tensor, offset: Tensor | None, place: Tensor) -> Tensor:
+    """Return `log Σ exp` over the logits of some words, `(N,)`, without the target where it lies among them."""
+    logits = F.linear(hidden, rows, offset)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    hit = ((place >= 0) & (place < len(rows))).nonzero().squeeze(-1)
+    logits[hit, place[hit]] = -torch.inf
+    top = logits.amax(-1).clamp(min=torch.finfo(logits.dtype).min)  # no word but the target: the sum is 0, not NaN
+    return logits.sub_(top[:, None]).exp_().sum(-1).log() + top
 
 
 class _Exponentials(NamedTuple):
@@ -166,8 +195,7 @@ class _Head:
 
     def exponentials(self, hidden: Tensor, targets: Tensor) -> _Exponentials:
         """Return losses and probabilities; the target's logit is made apart, in full precision, and counts once."""
-        own = (hidden * self.weight[targets]).sum(-1)
-        own = own if self.bias is None else own + self.bias[targets]
+        own = _own_logits(hidden, self.weight, self.bias, targets)
         logits = F.linear(hidden.to(self.dtype), self.rows, self.offset)
         logits = logits.float() if self.dtype == torch.bfloat16 else logits
         hit = self.place[targets]

@@ -4,6 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -72,14 +73,21 @@ def epochs_within(minutes: float, models: Mapping[str, SequenceModel], task: Tas
 
     On one thread, as trainings run side by side; a few steps of each are timed.
     """
+    with one_thread():
+        slowest = min(speed.train for speed in measure_speed(models, task, training, rounds=3).values())
+    passes = 60 * minutes * slowest / train_steps(task)
+    return int(passes) if passes >= 1 else float(f"{passes:.2g}")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread meanwhile: no time goes into threads that wait, and sums are taken in one order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        slowest = min(speed.train for speed in measure_speed(models, task, training, rounds=3).values())
+        yield
     finally:
         torch.set_num_threads(threads)
-    passes = 60 * minutes * slowest / train_steps(task)
-    return int(passes) if passes >= 1 else float(f"{passes:.2g}")
 
 
 def _typical(batches: Callable[[], Iterator[Batch]]) -> Batch:
