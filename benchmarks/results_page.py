@@ -38,6 +38,7 @@ COLUMNS = {
     "minutes": "minutes",
     "train tokens/s": "train_tokens_per_s",
     "score tokens/s": "score_tokens_per_s",
+    "recurrence alone, tokens/s": "recurrence_tokens_per_s",
     "generate steps/s": "generate_steps_per_s",
     "peak MiB": "peak_memory_mib",
     "k* (1 %, estimate)": "k_star",

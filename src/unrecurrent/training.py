@@ -44,10 +44,10 @@ class TrainingConfig:
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
     each epoch that is no better); torch's recurrent layers and the stable ones learn at
     `recurrent_learning_rate_factor` times that rate. Three fields concern predictions over a large vocabulary:
-    `softmax`, the type its products are made in while training (`float32`, `bfloat16`), `sampled_words`, how many words
-    normalise them in a training step (0: all), and `frequency_bias`, whether the biases of the readout start at the
-    logarithms of the words' frequencies (else as the model has them). What a trained model scores is always exact and
-    in float32.
+    `softmax`, the type its products are made in while training and validating (`float32`, `bfloat16`), `sampled_words`,
+    how many words normalise them in a training step (0: all), and `frequency_bias`, whether the biases of the readout
+    start at the logarithms of the words' frequencies (else as the model has them). What a trained model scores is
+    always exact and in float32.
     """
 
     epochs: float = 20
