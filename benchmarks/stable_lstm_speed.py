@@ -2,8 +2,9 @@
 
     python benchmarks/stable_lstm_speed.py
 
-Both in one process, interleaved, medians, batch 32 x 35, inputs as wide as the layer and in need of a gradient.
-`nn.LSTM` runs oneDNN's fused kernels. StableLSTM has three gates instead of four, hence 3/4 of the multiplications.
+Both in one process, interleaved, medians, inputs as wide as the layer: batches of 32 x 35, with gradients and without,
+and one sequence of 1,000 steps without. `nn.LSTM` runs oneDNN's fused kernels. StableLSTM has three gates instead of
+four, hence 3/4 of the multiplications.
 """
 
 import argparse
@@ -20,24 +21,25 @@ from torch import Tensor, nn
 from unrecurrent.records import Record, command_line, make_record, write_records
 from unrecurrent.stable_lstm import StableLSTM, reference
 
-STEPS, BATCH = 35, 32
+#: (sequences, steps, with gradients)
+CASES = ((32, 35, True), (32, 35, False), (1, 1000, False))
 
 
-def reference_run(layer: StableLSTM) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def reference_run(layer: StableLSTM, batch: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The plain step-by-step run of the same layer."""
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        zero = x.new_zeros(BATCH, layer.hidden_size)
+        zero = x.new_zeros(batch, layer.hidden_size)
         return reference(x, *layer._weights(0), zero, zero)
 
     return run
 
 
-def seconds_each(size: int, repeats: int, backward: bool) -> dict[str, list[float]]:
+def seconds_each(size: int, repeats: int, batch: int, steps: int, backward: bool) -> dict[str, list[float]]:
     torch.manual_seed(0)
-    x = torch.randn(STEPS, BATCH, size, requires_grad=backward)
+    x = torch.randn(steps, batch, size, requires_grad=backward)
     layer = StableLSTM(size, size)
-    runs = {"nn.LSTM": nn.LSTM(size, size), "certified-lstm": layer, "reference": reference_run(layer)}
+    runs = {"nn.LSTM": nn.LSTM(size, size), "certified-lstm": layer, "reference": reference_run(layer, batch)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 2):
         for name, run in runs.items():
@@ -60,13 +62,13 @@ def main() -> None:
     records: list[Record] = []
     table = Table("H", "what", "run", "ms", "speed relative to nn.LSTM")
     for size in options.sizes:
-        for backward in (True, False):
-            what = "forward and backward" if backward else "forward"
-            seconds = seconds_each(size, options.repeats, backward)
+        for batch, steps, backward in CASES:
+            what = f"{'forward and backward' if backward else 'forward'}, batch {batch} x {steps}"
+            seconds = seconds_each(size, options.repeats, batch, steps, backward)
             base = statistics.median(seconds.pop("nn.LSTM"))
             for name, taken in seconds.items():
                 ratios = [base / t for t in taken]
-                variant = f"{what}, batch {BATCH} x {STEPS}" + (", plain reference" if name == "reference" else "")
+                variant = what + (", plain reference" if name == "reference" else "")
                 records.append(
                     make_record(
                         command=command_line(), model="certified-lstm", variant=variant, metric="speedup",

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from unrecurrent import kernels, onednn
 from unrecurrent.certificate import certify
 from unrecurrent.errors import InputError
-from unrecurrent.stable_lstm import StableLSTM, _Recurrence, reference
+from unrecurrent.stable_lstm import StableLSTM, _loop, _Recurrence, reference
 
 
 def arguments(steps, batch, width, size, dtype=torch.float32):
@@ -64,6 +64,55 @@ def test_compiled_gates_are_right_to_the_last_digits_at_any_size():
     torch.testing.assert_close(f, ceiling.double() * torch.sigmoid(exact), rtol=3e-7, atol=1e-37)
     torch.testing.assert_close(z, torch.tanh(exact), rtol=3e-7, atol=0)
     torch.testing.assert_close(o, torch.sigmoid(exact), rtol=3e-7, atol=1e-37)
+
+
+needs_loop = pytest.mark.skipif(kernels.library(kernels.RECURRENCE) is None, reason="needs a C compiler")
+
+
+@needs_loop
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 33])
+@pytest.mark.parametrize(("inputs", "size"), [(1, 1), (5, 3), (3, 33), (40, 70)])
+def test_without_gradients_the_loop_agrees_with_the_reference(inputs, size, rows, bias):
+    layer = StableLSTM(inputs, size, num_layers=2, batch_first=True, bias=bias)
+    x, (h, c) = torch.randn(rows, 41, inputs), torch.randn(2, 2, rows, size)
+    with torch.no_grad():
+        assert layer._way(x, h, c) is _loop
+        y, (h_last, c_last) = layer(x, (h, c))
+    y_plain, h_plain = x.transpose(0, 1), []
+    for k in range(2):
+        y_plain, c_plain = reference(y_plain, *layer._weights(k), h[k], c[k])
+        h_plain.append(y_plain[-1])
+        torch.testing.assert_close(c_last[k], c_plain.detach(), atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(y, y_plain.transpose(0, 1).detach(), atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(h_last, torch.stack(h_plain).detach(), atol=3e-6, rtol=1e-5)
+
+
+@needs_loop
+def test_the_loop_is_left_to_calls_it_suits():
+    layer, state = StableLSTM(3, 4), torch.zeros(1, 2, 4)
+    x = torch.randn(40, 2, 3)
+    assert layer._way(x, state, state) is not _loop  # the weights want gradients
+    with torch.no_grad():
+        assert layer._way(x, state, state) is _loop
+        assert layer._way(x[:1], state, state) is not _loop  # the layout would cost more than the step
+        assert layer._way(x.double(), state, state) is not _loop
+    layer.requires_grad_(False)
+    assert layer._way(x, state, state) is _loop
+    assert layer._way(x.requires_grad_(), state, state) is not _loop
+
+
+@needs_loop
+def test_the_loop_reads_what_is_negated_and_keeps_what_is_missing():
+    layer = StableLSTM(3, 4).requires_grad_(False)
+    x, (h, c) = torch.randn(40, 1, 3), torch.randn(2, 1, 1, 4)
+    negated = tuple(torch._neg_view(part) for part in (h, c))
+    for one, other in zip(layer(torch._neg_view(x), negated), layer(-x, (-h, -c)), strict=True):
+        torch.testing.assert_close(one, other)
+    x[20] = torch.nan
+    y, _ = layer(x)
+    assert bool(y[:20].isfinite().all())
+    assert bool(y[20:].isnan().all())
 
 
 def test_missing_numbers_stay_missing():

@@ -307,7 +307,7 @@ class _Panels(ctypes.Structure):
     """The struct `Layer` in the C file."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kind", "size", "inputs")),
+        *((name, ctypes.c_int32) for name in ("kind", "size", "inputs", "driven")),
         *((name, ctypes.c_void_p) for name in ("input_panels", "recurrent_panels", "bias", "ceiling")),
     )
 
@@ -321,18 +321,21 @@ class Recurrence:
 
     `weight_ih` `(G H, D)` and `weight_hh` `(G H, H)` as in the layer; `bias` `(S H,)` what is added to each sum, where
     a GRU has four: those of r and z, and of the candidate U x and W h apart; `ceiling` `(H,)` that of `StableLSTM`.
+    Without `weight_ih` the layer reads U x + b of all gates, `(G H,)`, in the place of x.
     """
 
     def __init__(
-        self, kind: str, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, ceiling: Tensor | None = None
+        self, kind: str, weight_ih: Tensor | None, weight_hh: Tensor, bias: Tensor, ceiling: Tensor | None = None
     ) -> None:
         self._functions = library(RECURRENCE)
         assert self._functions is not None
         size, width = weight_hh.shape[1], self._functions.unit_block()
-        panels = (_panels(weight_ih, size, width), _panels(weight_hh, size, width), _panels(bias[:, None], size, width))
-        self._kept = [*panels, _plain(bias.new_ones(size) if ceiling is None else ceiling)]
+        driven = weight_ih is None
+        of_inputs = weight_hh.new_zeros(len(weight_hh), 0) if weight_ih is None else weight_ih
+        self._kept = [_panels(weight, size, width) for weight in (of_inputs, weight_hh, bias[:, None])]
+        self._kept.append(_plain(bias.new_ones(size) if ceiling is None else ceiling))
         pointers = (tensor.data_ptr() for tensor in self._kept)
-        self._layer = _Panels(RECURRENT_KINDS.index(kind), size, weight_ih.shape[1], *pointers)
+        self._layer = _Panels(RECURRENT_KINDS.index(kind), size, of_inputs.shape[1], driven, *pointers)
 
     @staticmethod
     def takes(dtype: torch.dtype) -> bool:

@@ -29,8 +29,9 @@ typedef struct {
     int64_t step, row;
 } Series;
 
+/* A layer that is `driven` reads U x + b, all gates of it (gates, size), in the place of x; its `inputs` are 0. */
 typedef struct {
-    int32_t kind, size, inputs;
+    int32_t kind, size, inputs, driven;
     const float *input_panels, *recurrent_panels, *bias, *ceiling;
 } Layer;
 
@@ -87,6 +88,25 @@ static void add_product(int rows, int depth, const float *a, int64_t row, const 
     }
 }
 
+/* The same for a row that is alone and has too few sums to keep the multipliers busy: four parts of the depth side by
+   side. It rounds differently, so it is not for chunks, which must not show how many of them there are. */
+static void single_row(int depth, const float *a, const float *panel, float *sums) {
+    lanes left[4] = {*(const lanes *)sums}, right[4] = {*(const lanes *)(sums + LANES)};
+    int k = 0;
+    for (; k + 4 <= depth; k += 4)
+        for (int part = 0; part < 4; part++) {
+            const float *w = panel + (k + part) * WIDTH;
+            left[part] += a[k + part] * *(const lanes *)w;
+            right[part] += a[k + part] * *(const lanes *)(w + LANES);
+        }
+    for (; k < depth; k++) {
+        left[0] += a[k] * *(const lanes *)(panel + k * WIDTH);
+        right[0] += a[k] * *(const lanes *)(panel + k * WIDTH + LANES);
+    }
+    *(lanes *)sums = (left[0] + left[1]) + (left[2] + left[3]);
+    *(lanes *)(sums + LANES) = (right[0] + right[1]) + (right[2] + right[3]);
+}
+
 static inline void tanh_row(int units, const float *restrict sums, float *restrict output) {
     for (int j = 0; j < units; j++) output[j] = hyperbolic_tangent(sums[j]);
 }
@@ -131,16 +151,24 @@ static void block_of_units(const Layer *layer, int block, int rows, const float 
                            int64_t before_row, float *cell, float *output, int64_t output_row, float *sums) {
     int size = layer->size, sum_count = sums_of[layer->kind], gates = gates_of[layer->kind], stride = sum_count * WIDTH;
     const float *bias = layer->bias + (int64_t)block * stride;
+    int first = block * WIDTH, units = size - first < WIDTH ? size - first : WIDTH;
     for (int r = 0; r < rows; r++) memcpy(sums + (int64_t)r * stride, bias, stride * sizeof *sums);
     for (int g = 0; g < gates; g++) {
         int64_t panel = (int64_t)block * gates + g;
         int apart = layer->kind == GRU && g == 2;
-        add_product(rows, layer->inputs, x, x_row, layer->input_panels + panel * layer->inputs * WIDTH,
-                    sums + g * WIDTH, stride);
-        add_product(rows, size, before, before_row, layer->recurrent_panels + panel * size * WIDTH,
-                    sums + (g + apart) * WIDTH, stride);
+        if (layer->driven)
+            for (int r = 0; r < rows; r++)
+                memcpy(sums + (int64_t)r * stride + g * WIDTH, x + r * x_row + g * size + first, units * sizeof *sums);
+        else
+            add_product(rows, layer->inputs, x, x_row, layer->input_panels + panel * layer->inputs * WIDTH,
+                        sums + g * WIDTH, stride);
+        const float *recurrent = layer->recurrent_panels + panel * size * WIDTH;
+        float *target = sums + (g + apart) * WIDTH;
+        if (layer->driven && rows == 1)
+            single_row(size, before, recurrent, target);
+        else
+            add_product(rows, size, before, before_row, recurrent, target, stride);
     }
-    int first = block * WIDTH, units = size - first < WIDTH ? size - first : WIDTH;
     for (int r = 0; r < rows; r++) {
         const float *s = sums + (int64_t)r * stride, *h = before + r * before_row + first;
         float *c = cell + (int64_t)r * size + first, *y = output + r * output_row + first;

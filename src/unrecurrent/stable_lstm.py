@@ -1,7 +1,8 @@
 """`StableLSTM`: an LSTM with coupled gates and a ceiling on its forget gate that contracts at a stated rate.
 
-Beside the fast path (`_Recurrence`: all inputs in one product, one product a step, weight gradients in one product)
-stands its plain reference (`reference`), which is also what `torch.compile`, `torch.export` and ONNX export see.
+Beside the fast paths (`_Recurrence`: all inputs in one product, one product a step, weight gradients in one product;
+without gradients `_loop`: all steps in one call of C) stands their plain reference (`reference`), which is also what
+`torch.compile`, `torch.export` and ONNX export see.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,12 @@ from unrecurrent.self_keeping import SelfKeeping, check_norm, check_rate, target
 CEILING_SHARES = (0.25, 0.75)
 # Of its budget, a new layer uses this share at most.
 INITIAL_USAGE = 0.5
+# From so many steps of rows on, laying out the weights for `_loop` costs less than it spares.
+LOOP_STEPS = 32
+# Larger matrices leave the cache between two steps, and then the multiplication routine is as fast.
+MOST_WEIGHTS = 1 << 20
+# Of fewer rows, the product with the inputs is made of all steps at once: weights are read once, not once a step.
+FEW_ROWS = 6
 
 
 def reference(
@@ -114,6 +121,21 @@ class _Recurrence(torch.autograd.Function):
         d_ih = _product(across, x.flatten(0, 1).t().contiguous()) if needs[1] else None
         d_hh = _product(across, before.t().contiguous()) if needs[2] else None
         return d_x, d_ih, d_hh, flat.sum(0) if bias is not None else None, None, d_h0, d_c0
+
+
+def _loop(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, ceiling: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reference` without gradients, in one call of `recurrence.c`."""
+    driven, none = x.shape[1] < FEW_ROWS, weight_hh.new_zeros(len(weight_hh))
+    given = none if bias is None else bias
+    layer = kernels.Recurrence(
+        "scaled-gate-lstm", None if driven else weight_ih, weight_hh, none if driven else given, ceiling
+    )
+    y, cell = x.new_empty(*x.shape[:2], h.shape[-1]), c.clone(memory_format=torch.contiguous_format)
+    drive = nn.functional.linear(x, weight_ih, given) if driven else x
+    layer.run(drive, h.resolve_neg().contiguous(), cell, y)
+    return y, cell
 
 
 def _compiled_or(plain: Callable[..., None], name: str, like: Tensor) -> Callable[..., None]:
@@ -340,7 +362,7 @@ class StableLSTM(SelfKeeping):
 
     def _run(self, x: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All layers over `(T, B, D)`: outputs, and h and c of each layer at the end."""
-        run = reference if _is_plain(x) else _Recurrence.apply
+        run = self._way(x, h0, c0)
         h_last, c_last = [], []
         for k in range(self.num_layers):
             if k and self.dropout:
@@ -349,6 +371,19 @@ class StableLSTM(SelfKeeping):
             h_last.append(x[-1])
             c_last.append(c)
         return x, torch.stack(h_last), torch.stack(c_last)
+
+    def _way(self, *tensors: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The fastest of the three ways to run a layer that gives what is asked for x, h0 and c0."""
+        x = tensors[0]
+        if _is_plain(x):
+            return reference
+        unsuited = x.shape[0] * x.shape[1] < LOOP_STEPS or self.weight_hh_l0.numel() > MOST_WEIGHTS
+        if unsuited or not kernels.Recurrence.takes(x.dtype):
+            return _Recurrence.apply
+        given = (*tensors, *self.parameters(recurse=False))
+        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        alike = all(tensor.is_cpu and tensor.dtype is torch.float32 for tensor in given)
+        return _loop if alike and not differentiable else _Recurrence.apply
 
     def _weights(self, k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Of layer k U, W, the sum of both biases, and F̄."""
