@@ -25,8 +25,8 @@ CEILING_SHARES = (0.25, 0.75)
 INITIAL_USAGE = 0.5
 # From so many steps of rows on, laying out the weights for `_loop` costs less than it spares.
 LOOP_STEPS = 32
-# Larger matrices leave the cache between two steps, and then the multiplication routine is as fast.
-MOST_WEIGHTS = 1 << 20
+# Matrices of more units leave the cache between two steps, and then the multiplication routine is as fast.
+MOST_UNITS = 600
 # Of fewer rows, the product with the inputs is made of all steps at once: weights are read once, not once a step.
 FEW_ROWS = 6
 
@@ -377,7 +377,7 @@ class StableLSTM(SelfKeeping):
         x = tensors[0]
         if _is_plain(x):
             return reference
-        unsuited = x.shape[0] * x.shape[1] < LOOP_STEPS or self.weight_hh_l0.numel() > MOST_WEIGHTS
+        unsuited = x.shape[0] * x.shape[1] < LOOP_STEPS or self.hidden_size > MOST_UNITS
         if unsuited or not kernels.Recurrence.takes(x.dtype):
             return _Recurrence.apply
         given = (*tensors, *self.parameters(recurse=False))
