@@ -7,9 +7,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
-from unrecurrent import kernels, onednn
+from unrecurrent import kernels, onednn, stable_lstm
 from unrecurrent.certificate import certify
 from unrecurrent.errors import InputError
 from unrecurrent.stable_lstm import StableLSTM, _loop, _Recurrence, reference
@@ -69,16 +71,29 @@ def test_compiled_gates_are_right_to_the_last_digits_at_any_size():
 needs_loop = pytest.mark.skipif(kernels.library(kernels.RECURRENCE) is None, reason="needs a C compiler")
 
 
+@pytest.fixture
+def looped(monkeypatch):
+    """The number of calls of `_loop`."""
+    calls = []
+
+    def counted(*given):
+        calls.append(given)
+        return _loop(*given)
+
+    monkeypatch.setattr(stable_lstm, "_loop", counted)
+    return calls
+
+
 @needs_loop
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 33])
-@pytest.mark.parametrize(("inputs", "size"), [(1, 1), (5, 3), (3, 33), (40, 70)])
-def test_without_gradients_the_loop_agrees_with_the_reference(inputs, size, rows, bias):
+@pytest.mark.parametrize(("inputs", "size"), [(1, 1), (5, 3), (3, 33), (40, 70), (70, 20)])
+def test_without_gradients_the_loop_agrees_with_the_reference(looped, inputs, size, rows, bias):
     layer = StableLSTM(inputs, size, num_layers=2, batch_first=True, bias=bias)
     x, (h, c) = torch.randn(rows, 41, inputs), torch.randn(2, 2, rows, size)
     with torch.no_grad():
-        assert layer._way(x, h, c) is _loop
         y, (h_last, c_last) = layer(x, (h, c))
+    assert len(looped) == 2
     y_plain, h_plain = x.transpose(0, 1), []
     for k in range(2):
         y_plain, c_plain = reference(y_plain, *layer._weights(k), h[k], c[k])
@@ -89,17 +104,56 @@ def test_without_gradients_the_loop_agrees_with_the_reference(inputs, size, rows
 
 
 @needs_loop
-def test_the_loop_is_left_to_calls_it_suits():
-    layer, state = StableLSTM(3, 4), torch.zeros(1, 2, 4)
-    x = torch.randn(40, 2, 3)
-    assert layer._way(x, state, state) is not _loop  # the weights want gradients
+def test_the_loop_is_left_to_calls_it_suits(looped):
+    layer, x = StableLSTM(3, 4), torch.randn(40, 2, 3)
+    layer(x)
+    assert not looped  # the weights want gradients
     with torch.no_grad():
-        assert layer._way(x, state, state) is _loop
-        assert layer._way(x[:1], state, state) is not _loop  # the layout would cost more than the step
-        assert layer._way(x.double(), state, state) is not _loop
+        layer(x)
+        assert len(looped) == 1
+        StableLSTM(3, 200)(x[:1])  # the layout would cost more than the step
+        copy.deepcopy(layer).double()(x.double())
     layer.requires_grad_(False)
-    assert layer._way(x, state, state) is _loop
-    assert layer._way(x.requires_grad_(), state, state) is not _loop
+    assert layer(x.clone().requires_grad_())[0].requires_grad
+    assert len(looped) == 1
+    assert not layer(x)[0].requires_grad
+    assert len(looped) == 2
+
+
+class LowRank(nn.Module):
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(rows, 2)), nn.Parameter(torch.randn(2, columns))
+
+    def forward(self, weight):
+        return weight + self.a @ self.b
+
+
+def test_an_adapter_of_a_frozen_weight_learns(looped):
+    layer = StableLSTM(5, 16).requires_grad_(False)
+    adapter = LowRank(48, 5)
+    nn.utils.parametrize.register_parametrization(layer, "weight_ih_l0", adapter)
+    layer.parametrizations.weight_ih_l0.original.requires_grad_(False)
+    layer(torch.randn(40, 3, 5))[0].sum().backward()
+    assert adapter.a.grad.abs().sum() > 0
+    assert not looped
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("name", "shape"), [("weight_ih", (48, 8)), ("weight_hh", (32, 16)), ("forget_ceiling", (1,))])
+def test_weights_of_another_shape_are_refused(name, shape, bias):
+    layer = StableLSTM(5, 16, bias=bias)
+    with pytest.raises(InputError, match="they must be"):
+        torch.func.functional_call(layer, {f"{name}_l0": torch.ones(shape)}, (torch.randn(40, 9, 5),))
+
+
+def test_a_mode_that_looks_at_operations_sees_them():
+    layer, x = StableLSTM(5, 16).requires_grad_(False), torch.randn(40, 8, 5)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 40 * 8 * 48 * (5 + 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(x)[0].shape == (40, 8, 16)
 
 
 @needs_loop

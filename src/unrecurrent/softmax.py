@@ -108,7 +108,7 @@ def linear_cross_entropy(
         hidden: `(N, D)`.
         weight: `(V, D)`.
         bias: `(V,)` or `None`.
-        targets: `(N,)` word numbers.
+        targets: `(N,)` word numbers, from 0 to V − 1.
         sample: the words to normalise over (`None`: all, exactly).
         dtype: what products are made in (default: that of `hidden`); bfloat16 rounds a logit to 3 digits.
         sparse: with a sample, let the gradient of `weight` be a sparse tensor of the rows it reaches, as

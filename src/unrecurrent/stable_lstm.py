@@ -23,12 +23,13 @@ from unrecurrent.self_keeping import SelfKeeping, check_norm, check_rate, target
 CEILING_SHARES = (0.25, 0.75)
 # Of its budget, a new layer uses this share at most.
 INITIAL_USAGE = 0.5
-# From so many steps of rows on, laying out the weights for `_loop` costs less than it spares.
-LOOP_STEPS = 32
+# Laying out so many numbers of the weights for `_loop` costs about what a step in it spares.
+LAID_OUT_A_STEP = 50_000
 # Matrices of more units leave the cache between two steps, and then the multiplication routine is as fast.
 MOST_UNITS = 600
-# Of fewer rows, the product with the inputs is made of all steps at once: weights are read once, not once a step.
-FEW_ROWS = 6
+# Of fewer rows, or of inputs so many times as wide as the state, the product with the inputs is made of all steps at
+# once: weights are read once, not once a step.
+FEW_ROWS, WIDE = 6, 2
 
 
 def reference(
@@ -126,16 +127,38 @@ class _Recurrence(torch.autograd.Function):
 def _loop(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, ceiling: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`reference` without gradients, in one call of `recurrence.c`."""
-    driven, none = x.shape[1] < FEW_ROWS, weight_hh.new_zeros(len(weight_hh))
+    """`reference` without gradients, in one call of `recurrence.c`; only for what `_suits_loop`."""
+    none = weight_hh.new_zeros(len(weight_hh))
     given = none if bias is None else bias
-    layer = kernels.Recurrence(
-        "scaled-gate-lstm", None if driven else weight_ih, weight_hh, none if driven else given, ceiling
-    )
+    if _drives_first(x, weight_hh):
+        layer = kernels.Recurrence("scaled-gate-lstm", None, weight_hh, none, ceiling)
+        x = nn.functional.linear(x, weight_ih, given)
+    else:
+        layer = kernels.Recurrence("scaled-gate-lstm", weight_ih, weight_hh, given, ceiling)
     y, cell = x.new_empty(*x.shape[:2], h.shape[-1]), c.clone(memory_format=torch.contiguous_format)
-    drive = nn.functional.linear(x, weight_ih, given) if driven else x
-    layer.run(drive, h.resolve_neg().contiguous(), cell, y)
+    layer.run(x, h.resolve_neg().contiguous(), cell, y)
     return y, cell
+
+
+def _drives_first(x: Tensor, weight_hh: Tensor) -> bool:
+    return x.shape[1] < FEW_ROWS or x.shape[-1] > WIDE * weight_hh.shape[-1]
+
+
+def _suits_loop(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, ceiling: Tensor, h: Tensor, c: Tensor
+) -> bool:
+    """Whether `_loop` may and should take these: no gradient is wanted, and all are what the C code reads.
+
+    It is asked of the tensors that are multiplied, which need not be the layer's parameters.
+    """
+    size = h.shape[-1]
+    laid_out = 3 * size * (size + (0 if _drives_first(x, weight_hh) else x.shape[-1]))
+    if size > MOST_UNITS or laid_out > x.shape[0] * LAID_OUT_A_STEP or not kernels.Recurrence.takes(x.dtype):
+        return False
+    given = [x, weight_ih, weight_hh, ceiling, h, c] + ([] if bias is None else [bias])
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return False
+    return all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is torch.float32 for t in given)
 
 
 def _compiled_or(plain: Callable[..., None], name: str, like: Tensor) -> Callable[..., None]:
@@ -197,9 +220,10 @@ def _reference_gradients(
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether only ordinary operations will do: tracing, function transforms, forward-mode AD and autocast."""
+    """Whether only ordinary operations will do: tracing, function transforms, forward-mode AD, autocast, modes."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()
         or type(x) not in (Tensor, nn.Parameter)
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -362,34 +386,29 @@ class StableLSTM(SelfKeeping):
 
     def _run(self, x: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All layers over `(T, B, D)`: outputs, and h and c of each layer at the end."""
-        run = self._way(x, h0, c0)
-        h_last, c_last = [], []
+        plain, h_last, c_last = _is_plain(x), [], []
         for k in range(self.num_layers):
             if k and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)
-            x, c = run(x, *self._weights(k), h0[k], c0[k])
+            given = (x, *self._weights(k), h0[k], c0[k])
+            run = reference if plain else _loop if _suits_loop(*given) else _Recurrence.apply
+            x, c = run(*given)
             h_last.append(x[-1])
             c_last.append(c)
         return x, torch.stack(h_last), torch.stack(c_last)
 
-    def _way(self, *tensors: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The fastest of the three ways to run a layer that gives what is asked for x, h0 and c0."""
-        x = tensors[0]
-        if _is_plain(x):
-            return reference
-        unsuited = x.shape[0] * x.shape[1] < LOOP_STEPS or self.hidden_size > MOST_UNITS
-        if unsuited or not kernels.Recurrence.takes(x.dtype):
-            return _Recurrence.apply
-        given = (*tensors, *self.parameters(recurse=False))
-        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        alike = all(tensor.is_cpu and tensor.dtype is torch.float32 for tensor in given)
-        return _loop if alike and not differentiable else _Recurrence.apply
-
     def _weights(self, k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Of layer k U, W, the sum of both biases, and F̄."""
+        """Of layer k U, W, the sum of both biases, and F̄; C code reads as much of them as it expects there."""
         bias = getattr(self, f"bias_ih_l{k}") + getattr(self, f"bias_hh_l{k}") if self.bias else None
         weight_ih, weight_hh = getattr(self, f"weight_ih_l{k}"), getattr(self, f"weight_hh_l{k}")
-        return weight_ih, weight_hh, bias, getattr(self, f"forget_ceiling_l{k}")
+        ceiling, size = getattr(self, f"forget_ceiling_l{k}"), self.hidden_size
+        rows = (3 * size,)
+        wanted = ((*rows, self.input_size if k == 0 else size), (*rows, size), rows, (size,))
+        given = (weight_ih, weight_hh, weight_hh[:, 0] if bias is None else bias, ceiling)
+        if any(tensor.shape != shape for tensor, shape in zip(given, wanted, strict=True)):
+            found = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+            raise InputError(f"layer {k} has weights, bias and ceiling of shapes {found}: they must be {wanted}")
+        return weight_ih, weight_hh, bias, ceiling
 
     def _forward_packed(
         self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None
