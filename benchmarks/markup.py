@@ -15,6 +15,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def rough(rate: float) -> str:
+    """Return a rate to two digits, as far as timings can be trusted."""
+    return f"{float(f'{rate:.2g}'):,.0f}"
+
+
 def text(x: float, y: float, words: str, anchor: str = "start", size: int = 13, colour: str | None = None) -> str:
     """Return words at a place of an SVG drawing, black unless a colour is given."""
     fill = f' fill="{colour}"' if colour else ""

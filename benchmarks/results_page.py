@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import wikitext2_page
-from markup import MISSING, table
+from markup import MISSING, rough, table
 from unrecurrent.files import write_text
 from unrecurrent.records import Record, read_records
 
@@ -100,7 +100,7 @@ def jsb_table(records: Sequence[Record]) -> str:
                 shown(record.get("receptive_field")) if record.get("receptive_field") else "all",
                 f"{record['mean']:.2f} ± {record['std']:.2f}",
                 shown(PUBLISHED.get(record["model"])),
-                shown(float(f"{record['score_tokens_per_s']:.2g}")),
+                rough(record["score_tokens_per_s"]),
                 shown(record["k_star"]),
                 shown(record["certified_horizon"]),
             ]

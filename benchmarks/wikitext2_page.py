@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from markup import MISSING, drawing, table, text
+from markup import MISSING, drawing, rough, table, text
 from unrecurrent.recipes import twin
 from unrecurrent.records import Record, read_records
 from unrecurrent.training import with_defaults
@@ -162,10 +162,6 @@ def words_a_second(speed: Record | None) -> str:
     return f"{rough(parallel / speed['mean'])}{older} → {rough(parallel)} ({speed['mean']:.1f} ×)"
 
 
-def rough(rate: float) -> str:
-    return f"{float(f'{rate:.2g}'):,.0f}"
-
-
 def designed(done: dict[str, list[Record]]) -> str:
     """Return what the designed row owes to its convolution, as far as that is known."""
     about = (
@@ -277,11 +273,7 @@ def figure() -> str | None:
 
     drawn = [
         text(LEFT, 24, "WikiText-2: test perplexity against the certified rate", size=16),
-        text(
-            LEFT,
-            44,
-            "256 units, three epochs; dashed: free or the paper's conditions; numbers: proved horizon",
-        ),
+        text(LEFT, 44, "256 units, three epochs; dashed: free or the paper's conditions; numbers: proved horizon"),
     ]
     for level in (*range(100, 200, 10), *range(200, 500, 20)):
         if low <= math.log(level) <= high:

@@ -73,7 +73,7 @@ needs_loop = pytest.mark.skipif(kernels.library(kernels.RECURRENCE) is None, rea
 
 @pytest.fixture
 def looped(monkeypatch):
-    """The number of calls of `_loop`."""
+    """What `_loop` was called with, call by call."""
     calls = []
 
     def counted(*given):

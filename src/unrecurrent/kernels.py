@@ -321,7 +321,7 @@ class Recurrence:
 
     `weight_ih` `(G H, D)` and `weight_hh` `(G H, H)` as in the layer; `bias` `(S H,)` what is added to each sum, where
     a GRU has four: those of r and z, and of the candidate U x and W h apart; `ceiling` `(H,)` that of `StableLSTM`.
-    Without `weight_ih` the layer reads U x + b of all gates, `(G H,)`, in the place of x.
+    Without `weight_ih` the layer reads U x + b of all gates, `(G H,)`, in the place of x and the biases of U x.
     """
 
     def __init__(

@@ -137,13 +137,12 @@ def linear_losses(
     Logits are made in tiles that stay in the processor's cache, and each tile leaves the logarithm of its sum.
     """
     dtype = dtype or hidden.dtype
-    rows, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows, offset = weight.to(dtype), (weight.new_zeros(len(weight)) if bias is None else bias).to(dtype)
     parts = [hidden.new_zeros(0)]
     for h, y in zip(hidden.split(TILE), targets.split(TILE), strict=True):
-        own = _own_logits(h, weight, bias, y)
+        own, h_in = _own_logits(h, weight, bias, y), h.to(dtype)
         tiles = (
-            _tile_of_others(h.to(dtype), rows[j : j + TILE], None if offset is None else offset[j : j + TILE], y - j)
-            for j in range(0, len(rows), TILE)
+            _tile_of_others(h_in, rows[j : j + TILE], offset[j : j + TILE], y - j) for j in range(0, len(rows), TILE)
         )
         parts.append(torch.stack([own, *tiles]).logsumexp(0) - own)
     return torch.cat(parts)
@@ -155,10 +154,15 @@ def _own_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     return own if bias is None else own + bias[targets]
 
 
-def _tile_of_others(hidden: Tensor, rows: Tensor, offset: Tensor | None, place: Tensor) -> Tensor:
-    """Return `log Σ exp` over the logits of some words, `(N,)`, without the target where it lies among them."""
+def _logits(hidden: Tensor, rows: Tensor, offset: Tensor | None) -> Tensor:
+    """Return the logits of some words, `(N, K)`; in float32 where the product was made in bfloat16."""
     logits = F.linear(hidden, rows, offset)
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+
+def _tile_of_others(hidden: Tensor, rows: Tensor, offset: Tensor, place: Tensor) -> Tensor:
+    """Return `log Σ exp` over the logits of some words, `(N,)`, without the target where it lies among them."""
+    logits = _logits(hidden, rows, offset)
     hit = ((place >= 0) & (place < len(rows))).nonzero().squeeze(-1)
     logits[hit, place[hit]] = -torch.inf
     top = logits.amax(-1).clamp(min=torch.finfo(logits.dtype).min)  # no word but the target: the sum is 0, not NaN
@@ -196,8 +200,7 @@ class _Head:
     def exponentials(self, hidden: Tensor, targets: Tensor) -> _Exponentials:
         """Return losses and probabilities; the target's logit is made apart, in full precision, and counts once."""
         own = _own_logits(hidden, self.weight, self.bias, targets)
-        logits = F.linear(hidden.to(self.dtype), self.rows, self.offset)
-        logits = logits.float() if self.dtype == torch.bfloat16 else logits
+        logits = _logits(hidden.to(self.dtype), self.rows, self.offset)
         hit = self.place[targets]
         among = (hit >= 0).nonzero().squeeze(-1)
         logits[among, hit[among]] = -torch.inf

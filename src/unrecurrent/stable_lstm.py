@@ -127,16 +127,11 @@ class _Recurrence(torch.autograd.Function):
 def _loop(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, ceiling: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`reference` without gradients, in one call of `recurrence.c`; only for what `_suits_loop`."""
-    none = weight_hh.new_zeros(len(weight_hh))
-    given = none if bias is None else bias
-    if _drives_first(x, weight_hh):
-        layer = kernels.Recurrence("scaled-gate-lstm", None, weight_hh, none, ceiling)
-        x = nn.functional.linear(x, weight_ih, given)
-    else:
-        layer = kernels.Recurrence("scaled-gate-lstm", weight_ih, weight_hh, given, ceiling)
+    """`reference` without gradients, in one call of `recurrence.c`; only for what `_suits_loop` accepts."""
+    driven, bias = _drives_first(x, weight_hh), weight_hh.new_zeros(len(weight_hh)) if bias is None else bias
+    layer = kernels.Recurrence("scaled-gate-lstm", None if driven else weight_ih, weight_hh, bias, ceiling)
     y, cell = x.new_empty(*x.shape[:2], h.shape[-1]), c.clone(memory_format=torch.contiguous_format)
-    layer.run(x, h.resolve_neg().contiguous(), cell, y)
+    layer.run(nn.functional.linear(x, weight_ih, bias) if driven else x, h.resolve_neg().contiguous(), cell, y)
     return y, cell
 
 
@@ -402,12 +397,11 @@ class StableLSTM(SelfKeeping):
         bias = getattr(self, f"bias_ih_l{k}") + getattr(self, f"bias_hh_l{k}") if self.bias else None
         weight_ih, weight_hh = getattr(self, f"weight_ih_l{k}"), getattr(self, f"weight_hh_l{k}")
         ceiling, size = getattr(self, f"forget_ceiling_l{k}"), self.hidden_size
-        rows = (3 * size,)
-        wanted = ((*rows, self.input_size if k == 0 else size), (*rows, size), rows, (size,))
-        given = (weight_ih, weight_hh, weight_hh[:, 0] if bias is None else bias, ceiling)
-        if any(tensor.shape != shape for tensor, shape in zip(given, wanted, strict=True)):
-            found = ", ".join(str(tuple(tensor.shape)) for tensor in given)
-            raise InputError(f"layer {k} has weights, bias and ceiling of shapes {found}: they must be {wanted}")
+        given = (weight_ih, weight_hh, ceiling) if bias is None else (weight_ih, weight_hh, ceiling, bias)
+        found = [tuple(tensor.shape) for tensor in given]
+        wanted = [(3 * size, self.input_size if k == 0 else size), (3 * size, size), (size,), (3 * size,)][: len(given)]
+        if found != wanted:
+            raise InputError(f"layer {k} has weights, ceiling and bias of shapes {found}: they must be {wanted}")
         return weight_ih, weight_hh, bias, ceiling
 
     def _forward_packed(
