@@ -12,8 +12,6 @@ output or final state from the sequential run; the key `evidence` holds what the
 import argparse
 import math
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,17 +24,11 @@ from unrecurrent import run_parallel
 from unrecurrent.comparison import certificate_on_data
 from unrecurrent.models.recurrent import RecurrentModel
 from unrecurrent.records import Record, command_line, make_record, write_records
+from unrecurrent.speed import timed
 from unrecurrent.tasks import SPLITS, Task, get_task
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results" / "parallel_jsb.json"
 TOL, ROUNDS = 1e-4, 5
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Return the seconds a call takes."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def largest_difference(a: object, b: object) -> float:

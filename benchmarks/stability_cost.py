@@ -10,7 +10,6 @@ since it comes after it; parametrizations change the step, so they are timed as 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from unrecurrent.records import Record, command_line, make_record, read_records, write_records
 from unrecurrent.self_keeping import ADAPT_EVERY
+from unrecurrent.speed import timed
 from unrecurrent.stability import StableLSTM, StableRNN, stabilize
 
 STEPS, BATCH, WARM_UP = 35, 32, 1
@@ -53,12 +53,6 @@ def training_step(layer: nn.Module, size: int) -> Callable[[], None]:
         optimizer.step()
 
     return step
-
-
-def timed(run: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def held(size: int, model: str, repeats: int) -> list[float]:

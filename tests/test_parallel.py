@@ -563,6 +563,21 @@ def test_a_slow_certificate_bounds_short_chunks():
     assert 0 < off <= evidence.bound
 
 
+@pytest.mark.parametrize(("seconds", "mode"), [(0.0, "parallel"), (0.5, "parallel"), (0.9, "sequential")])
+def test_the_look_at_the_inputs_of_a_certificate_is_part_of_the_cost(monkeypatch, seconds, mode):
+    cost = engines.StepCost(sequential=1.0, fixed=1.0, per_row=0.001)
+    monkeypatch.setattr("unrecurrent.pilot.step_cost", lambda engine, plain, x: cost)
+    monkeypatch.setattr("unrecurrent.pilot.shortest", lambda run, device: 312 * seconds)
+    module = StableRNN(3, 5, rate=0.5)
+    x = torch.rand(20_000, 1, 3)
+    with torch.no_grad():
+        evidence = run_parallel(module, x, warmup=20, certificate=certify(module, input_bound=1.0))[2]
+        measured = run_parallel(module, x, warmup=20)[2]
+    assert (evidence.mode, measured.mode) == (mode, "parallel")
+    if mode == "sequential":
+        assert "certificate" in evidence.fallback
+
+
 @torch.no_grad()
 def test_a_certificate_proves_nothing_after_a_span_that_was_only_measured(monkeypatch):
     """In the first of two spans an input lies outside of what is certified; what its end is off by is then measured."""

@@ -97,7 +97,7 @@ def _typical(batches: Callable[[], Iterator[Batch]]) -> Batch:
     return next(islice(batches(), middle, None))
 
 
-def timed(call: Callable[[], None]) -> float:
+def timed(call: Callable[[], object]) -> float:
     """Return the seconds a call takes."""
     began = time.perf_counter()
     call()
