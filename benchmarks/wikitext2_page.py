@@ -172,8 +172,8 @@ def designed(done: dict[str, list[Record]]) -> str:
         return f"{about}\nHow much of its gain is the convolution's is not known: `{RIVAL}` is not trained.\n"
     designed, rival, free = (done[row][0] for row in (DESIGNED, RIVAL, "lstm"))
     return (
-        f"{about}\nAgainst `{RIVAL}`, free and with that convolution: {worse(designed, rival)}. The convolution by itself"
-        f" gives `lstm` {worse(rival, free)}.\n"
+        f"{about}\nAgainst `{RIVAL}`, free and with that convolution: {worse(designed, rival)}."
+        f" The convolution by itself gives `lstm` {worse(rival, free)}.\n"
     )
 
 
