@@ -269,7 +269,7 @@ def figure() -> str | None:
     low, high = math.log(0.97 * min(values)), math.log(1.03 * max(values))
 
     def x(rate: float) -> float:  # by 1 − rate, on a logarithmic scale
-        share = (math.log(0.25) - math.log(1 - rate)) / (math.log(0.25) - math.log(0.004))
+        share = (math.log(0.25) - math.log(1 - rate)) / (math.log(0.25) - math.log(0.003))
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def y(mean: float) -> float:
