@@ -105,8 +105,8 @@ ROWS = {
     "tcn": Row("tcn", "feed-forward", size(136)),
     "window": Row("window", "feed-forward", size(196)),
 }
-for model in ("lstm", "rnn", "stable-rnn"):
-    ROWS[f"{model}-front"] = Row(model, ONE_SIZE, size(256) | FRONT, variant="gated convolution over 2 words")
+for model, own in (("lstm", {}), ("certified-lstm", {"rate": 0.995})):
+    ROWS[f"{model}-front"] = Row(model, ONE_SIZE, size(256) | own | FRONT, variant="gated convolution over 2 words")
 for rate in (0.8, 0.95, 0.98, 0.995):
     for model in ("certified-lstm", "certified-gru"):
         ROWS[f"{model}-{rate}"] = Row(model, "price", size(256) | {"rate": rate}, {"epochs": 3})
