@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unrecurrent import cells
 from unrecurrent.cells import (
+    CHUNK,
     AnyInput,
     BoxInput,
     CoupledLSTMCell,
@@ -21,6 +23,8 @@ from unrecurrent.cells import (
     StackedCell,
     StateLayout,
     build_cells,
+    distinct,
+    distinct_count,
     find_recurrent,
     largest_gated,
 )
@@ -292,3 +296,29 @@ def test_states_of_the_wrong_form_are_refused() -> None:
 def test_weights_of_the_wrong_shape_are_refused() -> None:
     with pytest.raises(InputError, match="needs weights of 20 rows"):
         LSTMCell(torch.zeros(20, D), torch.zeros(15, H))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_distinct_rows_are_all_there_once(dtype, repeats):
+    rows = torch.randn(CHUNK // 2 + 3, 5, dtype=torch.float64).to(dtype)
+    mixed = rows.repeat(repeats, 1)[torch.randperm(repeats * len(rows))]
+    found = distinct(mixed)
+    assert len(found) == distinct_count(mixed) == len(rows)
+    assert torch.equal(found.unique(dim=0), rows.unique(dim=0))
+
+
+def test_rows_with_one_sum_are_not_taken_for_the_same(monkeypatch):
+    monkeypatch.setattr(cells, "_sums_of_bits", lambda rows: torch.zeros(len(rows), dtype=torch.int64))
+    rows = torch.randn(7, 2)
+    assert torch.equal(distinct(rows), rows)
+    assert len(distinct(rows[:1].repeat(7, 1))) == 1
+
+
+@pytest.mark.parametrize("bad", [2.0, math.nan, math.inf])
+def test_one_row_that_is_not_allowed_is_found_among_repeats(bad):
+    cell = RNNCell(torch.ones(2, 2), torch.zeros(2, 2), inputs=BoxInput.bounded(1.0, 2))
+    x = torch.tensor([[0.5, -0.5], [1.0, 1.0]]).repeat(CHUNK, 1)
+    assert cell.allows(x)
+    x[CHUNK + 5, 0] = bad
+    assert not cell.allows(x)

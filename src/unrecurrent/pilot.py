@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unrecurrent.cells import distinct, distinct_count
 from unrecurrent.certificate import Certificate
 from unrecurrent.chunks import LONG_BLOCK, GiveUp, Ledger, NotWorthIt, Plan, TryAPart
 from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, is_stock, shortest, step_cost
@@ -18,6 +19,8 @@ CHECKED_SHARE = 0.8  # of the sequential run: what may be spent in all once the 
 _PILOT_SHARE = 0.05
 _COMPARED = 1.25  # of a run: what it takes where its inputs are moved and all of its outputs compared
 _MOST_ROWS = 4096
+_LITTLE = 0.05
+_LOOKED_UP = 1 / 8  # of such a trial: what it takes to see whether a row repeats another
 _PROOF_STEPS = 64  # of the inputs, at least, that a certificate is tried on to see what it costs
 
 
@@ -33,7 +36,7 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
             proof = None
         cost = options.cost or step_cost(engine, plain, x)
         if proof is not None and not cost.proof:
-            cost = replace(cost, proof=_proof_step(proof, x))
+            cost = replace(cost, proof=_proof_step(proof, x, cost.sequential))
         runs_twice = options.verify == "outputs" and proof is None
         most = options.budget * cost.sequential * steps
         ledger = Ledger(cost, options.attempt_share * most, CHECKED_SHARE * most, runs_twice)
@@ -73,10 +76,16 @@ def _seconds(plan: Plan, batch: int, cost: StepCost, runs_twice: bool) -> tuple[
     return (plan.warmup + plan.length) * a_step, again
 
 
-def _proof_step(certificate: Certificate, x: Tensor) -> float:
-    """Seconds it takes to see whether a certificate holds for the inputs of a step, from some of x."""
-    steps = min(len(x), max(_PROOF_STEPS, len(x) // 64))
-    return shortest(lambda: certificate.holds_for(x[:steps]), x.device) / steps
+def _proof_step(certificate: Certificate, x: Tensor, sequential: float) -> float:
+    """Seconds it takes to see whether a certificate holds for the inputs of a step, from some of x.
+
+    Where that may be a good part of a `sequential` step, it counts how many rows of x are looked at.
+    """
+    some = x[: max(_PROOF_STEPS, len(x) // 64)].flatten(0, 1)
+    a_row = shortest(lambda: certificate.holds_for(distinct(some)[:, None]), x.device) / distinct_count(some)
+    rows = x.flatten(0, 1)
+    most = a_row * len(rows) / len(x)
+    return most if most < _LITTLE * sequential else most * (distinct_count(rows) / len(rows) + _LOOKED_UP)
 
 
 def left_for_the_rest(reason: TryAPart, part: int, rest: int, batch: int) -> float:
