@@ -27,7 +27,6 @@ from unrecurrent.engines import (
 from unrecurrent.errors import InputError
 from unrecurrent.lyapunov import _prepare_forward_mode
 from unrecurrent.parallel import Parallel, chunked_reference, run_parallel
-from unrecurrent.pilot import _LOOKED_UP, _proof_step
 from unrecurrent.speed import one_thread
 from unrecurrent.stability import StableGRU, StableRNN
 from unrecurrent.stable_lstm import StableLSTM
@@ -562,31 +561,6 @@ def test_a_slow_certificate_bounds_short_chunks():
     assert evidence.mode == "parallel"
     assert evidence.bound is not None
     assert 0 < off <= evidence.bound
-
-
-@pytest.mark.parametrize(("seconds", "mode"), [(0.0, "parallel"), (0.5, "parallel"), (0.9, "sequential")])
-def test_the_look_at_the_inputs_of_a_certificate_is_part_of_the_cost(monkeypatch, seconds, mode):
-    cost = engines.StepCost(sequential=1.0, fixed=1.0, per_row=0.001)
-    monkeypatch.setattr("unrecurrent.pilot.step_cost", lambda engine, plain, x: cost)
-    monkeypatch.setattr("unrecurrent.pilot._proof_step", lambda certificate, x, sequential: seconds)
-    module = StableRNN(3, 5, rate=0.5)
-    x = torch.rand(20_000, 1, 3)
-    with torch.no_grad():
-        evidence = run_parallel(module, x, warmup=20, certificate=certify(module, input_bound=1.0))[2]
-        measured = run_parallel(module, x, warmup=20)[2]
-    assert (evidence.mode, measured.mode) == (mode, "parallel")
-    if mode == "sequential":
-        assert "certificate" in evidence.fallback
-
-
-def test_a_certificate_costs_less_where_inputs_repeat(monkeypatch):
-    monkeypatch.setattr("unrecurrent.pilot.shortest", lambda run, device: 312.0)
-    certificate = certify(StableRNN(3, 5, rate=0.5), input_bound=1.0)
-    few = torch.rand(50, 3)
-    numbers, words = torch.rand(20_000, 1, 3), few[torch.arange(20_000) % 50][:, None]
-    assert _proof_step(certificate, numbers, 1.0) == pytest.approx(1 + _LOOKED_UP)
-    assert _proof_step(certificate, words, 1e9) == pytest.approx(312 / 50)  # not worth a count
-    assert _proof_step(certificate, words, 1.0) == pytest.approx(312 / 50 * (50 / 20_000 + _LOOKED_UP))
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ BALANCE_STEPS = 60
 BALANCE_VECTORS = 8
 # Rows of data or of an embedding table that are multiplied by the input weights at a time.
 CHUNK = 4096
+# Rows among which repeats are looked for at a time.
+BLOCK = 2**17
 TINY = 1e-300
 
 
@@ -233,30 +235,24 @@ def distinct(rows: Tensor) -> Tensor:
     Words and chords repeat: rows of an embedding table are far fewer than words of a text. Rows with one sum of their
     bits are taken for the same and then compared, so that no row is left out that differs.
     """
-    sums, kind = _sums_of_bits(rows).unique(return_inverse=True)
+    bits = rows.resolve_neg().contiguous().view(_WHOLE[rows.element_size()])
+    sums, kind = _sums_of_bits(bits).unique(return_inverse=True)
     if 2 * len(sums) > len(rows):
         return rows
     first = torch.empty_like(sums).scatter_(0, kind, torch.arange(len(rows), device=rows.device))
-    bits = _bits(rows)
     alike = all(torch.equal(part, bits[first[k]]) for part, k in zip(bits.split(CHUNK), kind.split(CHUNK), strict=True))
     return rows[first] if alike else rows
 
 
-def distinct_count(rows: Tensor) -> int:
-    """Return how many of the rows (N, D) `distinct` leaves."""
-    count = len(_sums_of_bits(rows).unique())
-    return len(rows) if 2 * count > len(rows) else count
+#: whole numbers of so many bytes
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _sums_of_bits(rows: Tensor) -> Tensor:
-    """A number for each row, of its bits with random weights; sums wrap around."""
-    weights = torch.randint(2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0)).to(rows.device)
-    return torch.cat([(part.long() * weights).sum(1) for part in _bits(rows).split(CHUNK)])
-
-
-def _bits(rows: Tensor) -> Tensor:
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return rows.contiguous().view(whole[rows.element_size()])
+def _sums_of_bits(bits: Tensor) -> Tensor:
+    """A number for each row of whole numbers (N, D): their sum with random weights, which wraps around."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    weights = torch.randint(2**62, (bits.shape[1],), generator=generator, device="cpu").to(bits.device)
+    return torch.cat([(part.long() * weights).sum(1) for part in bits.split(CHUNK)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,8 +508,9 @@ class DenseCell(Cell):
         """Whether the drive of all inputs x (..., D) stays in the range the bounds were made for."""
         if not bool((self.drive.low.isfinite() | self.drive.high.isfinite()).any()):
             return bool(x.isfinite().all())
-        rows = distinct(x.detach().reshape(-1, x.shape[-1])).split(CHUNK)
-        return all(self.drive.contains(_float64(part) @ self.weight_ih.T + self.drive_bias()) for part in rows)
+        blocks = x.detach().reshape(-1, x.shape[-1]).split(BLOCK)
+        parts = (part for block in blocks for part in distinct(block).split(CHUNK))
+        return all(self.drive.contains(_float64(part) @ self.weight_ih.T + self.drive_bias()) for part in parts)
 
     def hidden_box(self) -> Interval:
         """Lower and upper bounds on the hidden state: what the next layer reads."""

@@ -282,15 +282,11 @@ def _layer_states(module: nn.RNNBase) -> State:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds a step takes: `sequential` for the user's own batch, `fixed + per_row * rows` for a batch of chunks.
-
-    `proof`: what it takes, for the user's own batch, to see whether a certificate holds for the inputs of a step.
-    """
+    """Seconds a step takes: `sequential` for the user's own batch, `fixed + per_row * rows` for a batch of chunks."""
 
     sequential: float
     fixed: float
     per_row: float
-    proof: float = 0.0
 
     def batched(self, rows: int) -> float:
         return self.fixed + self.per_row * rows
@@ -340,7 +336,7 @@ def sequential_step(plain: ModuleEngine, x: Tensor) -> float:
     if measured.rounds < measured.wanted:
         steps = max(min(len(x), 64), min(len(x) // 64, 2048))
         with torch.no_grad():
-            seconds = shortest(lambda: plain.advance(x[:steps], plain.zero_state(x.shape[1])), x.device)
+            seconds = _shortest(lambda: plain.advance(x[:steps], plain.zero_state(x.shape[1])), x.device)
         measured.update((seconds / steps,))
     seen = _seen[(len(x).bit_length(), *_kind(plain, x))]
     part = measured.seconds[0]
@@ -381,14 +377,14 @@ def _batched_step(engine: Engine, x: Tensor, rows: int) -> float:
 
     def seconds(steps: int) -> float:
         block = x[:steps].repeat(shape)
-        return shortest(lambda: engine.advance(block, engine.zero_state(rows)), x.device)
+        return _shortest(lambda: engine.advance(block, engine.zero_state(rows)), x.device)
 
     few, many = (min(steps, len(x)) for steps in _CALIBRATION_STEPS)
     short = seconds(few)
     return short / few if short > _SHORT_RUN else seconds(many) / many
 
 
-def shortest(run: Callable[[], object], device: torch.device) -> float:
+def _shortest(run: Callable[[], object], device: torch.device) -> float:
     """The shortest of three runs: the first one may set things up, and another process may disturb one."""
     times = []
     for _ in range(3):

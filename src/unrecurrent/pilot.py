@@ -1,15 +1,11 @@
 """How many chunks, after which warm-up: from a cost model of the machine and what the module forgets in a pilot."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from unrecurrent.cells import distinct, distinct_count
-from unrecurrent.certificate import Certificate
 from unrecurrent.chunks import LONG_BLOCK, GiveUp, Ledger, NotWorthIt, Plan, TryAPart
-from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, is_stock, shortest, step_cost
+from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, is_stock, step_cost
 from unrecurrent.evidence import Options
 
 PILOT_BLOCK = 16
@@ -19,9 +15,6 @@ CHECKED_SHARE = 0.8  # of the sequential run: what may be spent in all once the 
 _PILOT_SHARE = 0.05
 _COMPARED = 1.25  # of a run: what it takes where its inputs are moved and all of its outputs compared
 _MOST_ROWS = 4096
-_LITTLE = 0.05
-_LOOKED_UP = 1 / 8  # of such a trial: what it takes to see whether a row repeats another
-_PROOF_STEPS = 64  # of the inputs, at least, that a certificate is tried on to see what it costs
 
 
 def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> tuple[Plan, Ledger, float | None]:
@@ -31,13 +24,9 @@ def decide(engine: Engine, plain: ModuleEngine, x: Tensor, options: Options) -> 
         raise NotWorthIt("one chunk is the sequential run")
     ledger = Ledger()
     if options.chunks == "auto":
-        proof = options.certificate if is_stock(plain.module) else None
-        if proof is not None and not proof.stable:
-            proof = None
         cost = options.cost or step_cost(engine, plain, x)
-        if proof is not None and not cost.proof:
-            cost = replace(cost, proof=_proof_step(proof, x, cost.sequential))
-        runs_twice = options.verify == "outputs" and proof is None
+        proof = options.certificate if is_stock(plain.module) else None
+        runs_twice = options.verify == "outputs" and not (proof is not None and proof.stable)
         most = options.budget * cost.sequential * steps
         ledger = Ledger(cost, options.attempt_share * most, CHECKED_SHARE * most, runs_twice)
     rate = None
@@ -63,29 +52,14 @@ def _predicted(plan: Plan, batch: int, ledger: Ledger) -> float:
     run, again = _seconds(plan, batch, ledger.cost, ledger.runs_twice)
     total = ledger.spent + run
     if total + again > ledger.checked_limit:
-        if total <= ledger.checked_limit and not ledger.runs_twice:
-            raise NotWorthIt("to see that the certificate holds for these inputs takes what the chunks would save")
         raise NotWorthIt(f"a warm-up of {plan.warmup} steps, or more, would save too little")
     return total
 
 
 def _seconds(plan: Plan, batch: int, cost: StepCost, runs_twice: bool) -> tuple[float, float]:
-    """What a run costs by the model, and what its check does: a second run, or a look at all inputs for a proof."""
+    """What a run costs by the model, and what its check does where that is a second run."""
     a_step = cost.batched(plan.chunks * batch)
-    again = plan.length * a_step * _COMPARED if runs_twice else plan.steps * cost.proof
-    return (plan.warmup + plan.length) * a_step, again
-
-
-def _proof_step(certificate: Certificate, x: Tensor, sequential: float) -> float:
-    """Seconds it takes to see whether a certificate holds for the inputs of a step, from some of x.
-
-    Where that may be a good part of a `sequential` step, it counts how many rows of x are looked at.
-    """
-    some = x[: max(_PROOF_STEPS, len(x) // 64)].flatten(0, 1)
-    a_row = shortest(lambda: certificate.holds_for(distinct(some)[:, None]), x.device) / distinct_count(some)
-    rows = x.flatten(0, 1)
-    most = a_row * len(rows) / len(x)
-    return most if most < _LITTLE * sequential else most * (distinct_count(rows) / len(rows) + _LOOKED_UP)
+    return (plan.warmup + plan.length) * a_step, plan.length * a_step * _COMPARED if runs_twice else 0.0
 
 
 def left_for_the_rest(reason: TryAPart, part: int, rest: int, batch: int) -> float:
