@@ -175,9 +175,10 @@ def designed(done: dict[str, list[Record]]) -> str:
         for row in (FREE, "certified-lstm")
         if {row, f"{row}-front"} <= set(done)
     ]
+    by_itself = f"The convolution by itself changes the perplexity {' and '.join(alone)}.\n" if alone else ""
     return (
         f"{about}\nAgainst `{RIVAL}`, free and with that convolution: {worse(done[DESIGNED][0], done[RIVAL][0])}.\n"
-        f"The convolution by itself changes the perplexity {' and '.join(alone)}.\n"
+        f"{by_itself}"
     )
 
 
