@@ -16,8 +16,8 @@ from unrecurrent import files
 from unrecurrent.batches import length_groups, stream_batches
 from unrecurrent.checkpoint import TRAINING, load_model, load_tensors, save_tensors
 from unrecurrent.errors import InputError
-from unrecurrent.models import build_model
-from unrecurrent.training import TrainingConfig, TrainingRun, evaluate, task_interface
+from unrecurrent.models import Interface, build_model
+from unrecurrent.training import TrainingConfig, TrainingRun, evaluate, make_optimizer, task_interface
 
 QUICK = TrainingConfig(epochs=3, learning_rate=1e-2, batch_size=3, piece=20)
 
@@ -77,10 +77,8 @@ from conftest import TinyMusic, TinyStream
 from unrecurrent.training import TrainingConfig, TrainingRun
 torch.set_num_threads(1)
 task = TinyMusic() if sys.argv[3] == "music" else TinyStream()
-factor = 1.0 if sys.argv[3] == "music" else 0.5
-config = TrainingConfig(
-    epochs=5.5, learning_rate=1e-2, batch_size=3, piece=20, schedule="cosine", recurrent_learning_rate_factor=factor
-)
+own = {} if sys.argv[3] == "music" else {"recurrent_learning_rate_factor": 0.5, "embedding_weight_decay": 0.1}
+config = TrainingConfig(epochs=5.5, learning_rate=1e-2, batch_size=3, piece=20, schedule="cosine", **own)
 settings = {"hidden_size": 12, "dropout": 0.3}
 run = TrainingRun(task, sys.argv[4], settings, config, Path(sys.argv[1]), checkpoint_steps=4)
 run.run(lambda state: (print(state["fraction"], flush=True), time.sleep(0.01)))
@@ -221,6 +219,8 @@ def test_diverging_training_says_so(tiny_music):
         ("epochs", 0),
         ("learning_rate", -1.0),
         ("recurrent_learning_rate_factor", 0.0),
+        ("weight_decay", -0.1),
+        ("embedding_weight_decay", -0.1),
     ],
 )
 def test_bad_settings_are_refused(field, value):
@@ -246,8 +246,28 @@ def test_a_rate_for_recurrent_layers_needs_some(tiny_music):
         TrainingRun(tiny_music, "tcn", {"hidden_size": 4}, config).run()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_of_symbols_may_decay_at_a_rate_of_its_own(tied):
+    """At a rate of learning that moves nothing, a decay of 1 / rate takes all of the table off in one step."""
+    model = build_model("lstm", Interface(7, None, 7), {"hidden_size": 5, "embedding_size": 5, "tied": tied})
+    start = {name: weights.clone() for name, weights in model.state_dict().items()}
+    config = TrainingConfig(learning_rate=1e-9, weight_decay=0.5e9, embedding_weight_decay=1e9)
+    optimizer = make_optimizer(model, config)
+    model(torch.arange(7)[None]).square().sum().backward()
+    optimizer.step()
+    tables = {"embedding.weight", "readout.weight"} if tied else {"embedding.weight"}
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(weights, (0 if name in tables else 0.5) * start[name], atol=1e-8, rtol=0)
+
+
+def test_a_decay_of_the_table_needs_one(tiny_music):
+    with pytest.raises(InputError, match="embedding_weight_decay must be left out where no symbols are read"):
+        TrainingRun(tiny_music, "lstm", {"hidden_size": 4}, replace(QUICK, embedding_weight_decay=0.1)).run()
+
+
 def test_a_field_that_changes_nothing_does_not_make_another_training():
-    assert "recurrent_learning_rate_factor" not in QUICK.identity()
+    assert not {"recurrent_learning_rate_factor", "embedding_weight_decay"} & set(QUICK.identity())
+    assert replace(QUICK, embedding_weight_decay=0.0).identity() != QUICK.identity()
     assert replace(QUICK, recurrent_learning_rate_factor=0.5).identity() != QUICK.identity()
     assert replace(QUICK, clip_norm=0.5).identity() != QUICK.identity()
 

@@ -43,7 +43,9 @@ class TrainingConfig:
     `patience` the epochs without a better validation loss after which training stops (`None`: never).
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
     each epoch that is no better); torch's recurrent layers and the stable ones learn at
-    `recurrent_learning_rate_factor` times that rate. Three fields concern predictions over a large vocabulary:
+    `recurrent_learning_rate_factor` times that rate. `weight_decay` (AdamW's is decoupled: a step takes
+    learning rate times decay off a weight) is that of all parameters but the table symbols are read in by, where
+    `embedding_weight_decay`, if given, is in its place. Three fields concern predictions over a large vocabulary:
     `softmax`, the type its products are made in while training and validating (`float32`, `bfloat16`), `sampled_words`,
     how many words normalise them in a training step (0: all), and `frequency_bias`, whether the biases of the readout
     start at the logarithms of the words' frequencies (else as the model has them). What a trained model scores is
@@ -64,6 +66,7 @@ class TrainingConfig:
     softmax: str = "float32"
     frequency_bias: bool = False
     recurrent_learning_rate_factor: float = 1.0
+    embedding_weight_decay: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,8 +84,9 @@ class TrainingConfig:
         ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.sampled_words < 0:
-            raise InputError(f"sampled_words must be at least 0, not {self.sampled_words}")
+        for name in ("sampled_words", "weight_decay", "embedding_weight_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience must be at least 1, not {self.patience}")
 
@@ -92,7 +96,7 @@ class TrainingConfig:
 
 
 #: fields that came to be after folders were named for the others, with the value that is how it was before
-_NEW_FIELDS = {"recurrent_learning_rate_factor": 1.0}
+_NEW_FIELDS = {"recurrent_learning_rate_factor": 1.0, "embedding_weight_decay": None}
 
 
 def with_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -563,24 +567,36 @@ def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.opti
 
 
 def _parameter_groups(model: torch.nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Return the parameters as an optimizer takes them; those of recurrent layers apart, if they learn at another rate.
+    """Return the parameters as an optimizer takes them; those that learn or decay at a rate of their own apart.
 
     An optimizer that divides by the size of gradients moves each weight by about the learning rate: a row of a table
-    of words may move as much, where a state that is read H times over may not.
+    of words may move as much, where a state that is read H times over may not. And most rows of such a table are met
+    too seldom to be known well: decay draws these to zero, where the words they stand for are told apart by what was
+    seen often.
     """
-    factor = config.recurrent_learning_rate_factor
-    if factor == 1:
-        return [{"params": list(model.parameters())}]
+    apart: list[tuple[set[torch.nn.Parameter], dict[str, Any]]] = []
+    if config.recurrent_learning_rate_factor != 1:
+        factor = config.recurrent_learning_rate_factor
+        apart.append((_recurrent(model), {"lr": config.learning_rate * factor, "factor": factor}))
+    if config.embedding_weight_decay is not None:
+        apart.append((_embedding(model), {"weight_decay": config.embedding_weight_decay}))
+    rest = set(model.parameters()).difference(*(members for members, _ in apart))
+    return [{"params": [p for p in model.parameters() if p in members], **own} for members, own in [(rest, {}), *apart]]
+
+
+def _recurrent(model: torch.nn.Module) -> set[torch.nn.Parameter]:
     try:
         layers = find_recurrent(model)
     except InputError as error:
         raise InputError(f"recurrent_learning_rate_factor must be 1 for {type(model).__name__}: {error}") from error
-    apart = {parameter for _, layer in layers for parameter in layer.parameters()}
-    recurrent = [p for p in model.parameters() if p in apart]
-    return [
-        {"params": [p for p in model.parameters() if p not in apart]},
-        {"params": recurrent, "lr": config.learning_rate * factor, "factor": factor},
-    ]
+    return {parameter for _, layer in layers for parameter in layer.parameters()}
+
+
+def _embedding(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    embedding = getattr(model, "embedding", None)
+    if embedding is None:
+        raise InputError("embedding_weight_decay must be left out where no symbols are read: use weight_decay")
+    return set(embedding.parameters())
 
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
