@@ -184,7 +184,7 @@ def designed(done: dict[str, list[Record]]) -> str:
 
 
 #: the settings that are each model's own in the second table
-OWN = ("dropout", "input_dropout", "learning_rate")
+OWN = ("dropout", "input_dropout", "learning_rate", "embedding_weight_decay")
 
 
 def own_settings(done: dict[str, list[Record]]) -> str:
@@ -199,7 +199,7 @@ def own_settings(done: dict[str, list[Record]]) -> str:
     for shared in (rows[0] for rows in done.values() if rows[0]["table"] == "price"):
         own = [other for other in others if but_own(other) == but_own(shared)]
         if own:
-            tried[shared["model"]] = [shared, *sorted(own, key=own_of)]
+            tried[shared["model"]] = [shared, *own]
     best = {model: min(records, key=lambda record: record["valid_mean"]) for model, records in tried.items()}
     lines = [
         own_row(best[model], tried[model], best.get(twin(model)))
@@ -209,29 +209,28 @@ def own_settings(done: dict[str, list[Record]]) -> str:
 
 
 OWN_HEADER = [
-    "model", "dropout", "learning rate", "valid", "test", "test, shared settings",
+    "model", "dropout", "learning rate", "decay of the table", "valid", "test", "test, shared settings",
     "against its free twin at its own best",
-    "rate (proved)", "horizon 10⁻² (proved)", "tried: dropout, learning rate (valid)",
+    "rate (proved)", "horizon 10⁻² (proved)", "tried (valid)",
 ]  # fmt: skip
 
 
-def own_of(record: Record) -> tuple[float, float]:
-    return record["settings"]["dropout"], record["training"]["learning_rate"]
+def own_of(record: Record) -> list[str]:
+    decay = with_defaults(record["training"])["embedding_weight_decay"]
+    return [str(each) for each in (record["settings"]["dropout"], record["training"]["learning_rate"], decay or 0)]
 
 
 def own_row(best: Record, tried: list[Record], free: Record | None) -> list[str]:
-    dropout, learning_rate = own_of(best)
     return [
         f"`{best['model']}`",
-        str(dropout),
-        str(learning_rate),
+        *own_of(best),
         shown(best["valid_mean"]),
         f"**{best['mean']:.1f}**",
         shown(tried[0]["mean"]),
         MISSING if free is best else worse(best, free),
         shown(rounded_up(best["certified_rate"])),
         shown(best["certified_horizon"]),
-        "; ".join("{}, {} ({:.1f})".format(*own_of(record), record["valid_mean"]) for record in tried),
+        "; ".join(f"{', '.join(own_of(record))} ({record['valid_mean']:.1f})" for record in tried),
     ]
 
 
