@@ -117,7 +117,7 @@ for model in ("lstm", "stable-lstm", "gru"):
 for name in ("lstm-3", "gru-3", "stable-lstm-3", "certified-lstm-0.995", "certified-gru-0.995"):
     shared = ROWS[name]
     for dropout, learning_rate, decay in ((0.3, 4e-3, 0.1), (0.15, 4e-3, 0.1), (0.3, 8e-3, 0.1), (0.15, 4e-3, None)):
-        ROWS[f"{shared.model}-{dropout}-{learning_rate}-{decay or 0}"] = replace(
+        ROWS[f"{shared.model}-dropout{dropout}-lr{learning_rate}-decay{decay or 0}"] = replace(
             shared,
             table="own settings",
             settings={**shared.settings, "dropout": dropout, "input_dropout": dropout},
@@ -356,7 +356,7 @@ def main() -> None:
     for name in arguments.rows or ROWS:
         target = FOLDER / f"{name}.json"
         if arguments.verb == "list":
-            print(f"{name:28} {ROWS[name].table:14} {'done' if target.exists() else ''}")
+            print(f"{name:44} {ROWS[name].table:14} {'done' if target.exists() else ''}")
         elif arguments.verb == "train":
             records = train(name, task, arguments.seeds)
             write_records(target, records)

@@ -185,6 +185,11 @@ def designed(done: dict[str, list[Record]]) -> str:
 
 #: the settings that are each model's own in the second table
 OWN = ("dropout", "input_dropout", "learning_rate", "embedding_weight_decay")
+OWN_ABOUT = """Each model at the best of the settings tried, chosen on the validation data: dropout (inputs and outputs
+alike), learning rate, decay of the table of words. All else is as in the price rows above, the first of those tried. A
+row is made by `python benchmarks/wikitext2.py train MODEL-dropoutA-lrB-decayC`. A model is compared with its free twin
+once both have tried the same.
+"""
 
 
 def own_settings(done: dict[str, list[Record]]) -> str:
@@ -194,18 +199,21 @@ def own_settings(done: dict[str, list[Record]]) -> str:
         every = {**record["settings"], **with_defaults(record["training"])}
         return record["model"], {key: value for key, value in every.items() if key not in OWN}
 
+    price = [rows[0] for rows in done.values() if rows[0]["table"] == "price"]
     tried: dict[str, list[Record]] = {}
-    others = [rows[0] for rows in done.values() if rows[0]["table"] == "own settings"]
-    for shared in (rows[0] for rows in done.values() if rows[0]["table"] == "price"):
-        own = [other for other in others if but_own(other) == but_own(shared)]
-        if own:
-            tried[shared["model"]] = [shared, *own]
-    best = {model: min(records, key=lambda record: record["valid_mean"]) for model, records in tried.items()}
-    lines = [
-        own_row(best[model], tried[model], best.get(twin(model)))
-        for model in sorted(best, key=lambda model: best[model]["mean"])
-    ]
-    return f"{table(*without_empty(OWN_HEADER, lines))}\n"
+    for row, (own, *_) in done.items():
+        if own["table"] == "own settings":
+            (shared,) = (record for record in price if but_own(record) == but_own(own))
+            if tried.setdefault(own["model"], [shared])[0] is not shared:
+                raise ValueError(f"{row} differs from the other rows of its model in more than what is its own")
+            tried[own["model"]].append(own)
+    models = sorted(tried, key=lambda model: best_of(tried[model])["mean"])
+    lines = [own_row(tried[model], tried.get(twin(model), [])) for model in models]
+    return f"{OWN_ABOUT}\n{table(*without_empty(OWN_HEADER, lines))}\n"
+
+
+def best_of(tried: list[Record]) -> Record:
+    return min(tried, key=lambda record: record["valid_mean"])
 
 
 OWN_HEADER = [
@@ -216,18 +224,23 @@ OWN_HEADER = [
 
 
 def own_of(record: Record) -> list[str]:
-    decay = with_defaults(record["training"])["embedding_weight_decay"]
-    return [str(each) for each in (record["settings"]["dropout"], record["training"]["learning_rate"], decay or 0)]
+    training = with_defaults(record["training"])
+    decay = training["embedding_weight_decay"]
+    decay = training["weight_decay"] if decay is None else decay
+    return [f"{each:g}" for each in (record["settings"]["dropout"], training["learning_rate"], decay)]
 
 
-def own_row(best: Record, tried: list[Record], free: Record | None) -> list[str]:
+def own_row(tried: list[Record], free: list[Record]) -> list[str]:
+    """Return the line of one model, from what it and its free twin tried; the first of each is with shared settings."""
+    best = best_of(tried)
+    alike = tried is not free and sorted(map(own_of, tried)) == sorted(map(own_of, free))
     return [
         f"`{best['model']}`",
         *own_of(best),
         shown(best["valid_mean"]),
         f"**{best['mean']:.1f}**",
         shown(tried[0]["mean"]),
-        MISSING if free is best else worse(best, free),
+        worse(best, best_of(free)) if alike else MISSING,
         shown(rounded_up(best["certified_rate"])),
         shown(best["certified_horizon"]),
         "; ".join(f"{', '.join(own_of(record))} ({record['valid_mean']:.1f})" for record in tried),
@@ -295,7 +308,7 @@ def settings_of(rows: dict[str, Record]) -> str:
         del own["seed"]  # a row is trained from several
     first, *others = every.values()
     shared = {key: value for key, value in first.items() if all(o.get(key, ...) == value for o in others)}
-    lines = [f"- all rows: {listed(shared)}"]
+    lines = [f"- all rows, own settings apart: {listed(shared)}"]
     lines += [f"- `{row}`: {listed({k: v for k, v in own.items() if k not in shared})}" for row, own in every.items()]
     return "## Settings\n\n" + "\n".join(lines) + "\n"
 

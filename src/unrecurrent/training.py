@@ -44,9 +44,10 @@ class TrainingConfig:
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
     each epoch that is no better); torch's recurrent layers and the stable ones learn at
     `recurrent_learning_rate_factor` times that rate. `weight_decay` (AdamW's is decoupled: a step takes
-    learning rate times decay off a weight) is that of all parameters but the table symbols are read in by, where
-    `embedding_weight_decay`, if given, is in its place. Three fields concern predictions over a large vocabulary:
-    `softmax`, the type its products are made in while training and validating (`float32`, `bfloat16`), `sampled_words`,
+    learning rate times decay off a weight) is that of all parameters; `embedding_weight_decay`, if given, takes
+    its place for the table symbols are read in by (and out by, where it is tied). Three fields concern
+    predictions over a large vocabulary: `softmax`, the type its products are made in while training and
+    validating (`float32`, `bfloat16`), `sampled_words`,
     how many words normalise them in a training step (0: all), and `frequency_bias`, whether the biases of the readout
     start at the logarithms of the words' frequencies (else as the model has them). What a trained model scores is
     always exact and in float32.
@@ -85,8 +86,9 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("sampled_words", "weight_decay", "embedding_weight_decay"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (value is None and name in _NEW_FIELDS) and not 0 <= value < math.inf:
+                raise InputError(f"{name} must be at least 0 and finite, not {value}")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience must be at least 1, not {self.patience}")
 
