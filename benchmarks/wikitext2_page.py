@@ -56,7 +56,8 @@ record names; this page by `make results`.
   ([docs/certificates.md](../../docs/certificates.md)). Proved over the rows of the embedding table; behind a
   convolution, over any input. Rates are rounded up.
 - *k\\** (**estimate**, 4,096 positions of the test text): the smallest of {lengths}
-  such that the model that sees so many words only is within 1 % of its perplexity. *cut at k*: its test perplexity
+  such that the model that sees so many words only is within 1 % of its perplexity, or all it can see where that is
+  less. *cut at k*: its test perplexity
   when it sees k words.
 - *local rate* (**estimate**): growth a word of small differences of the state over 16 words, the median over 64 states,
   in the Euclidean norm. It may be above a rate that is proved in another norm.
@@ -140,11 +141,17 @@ def main_row(row: str, done: dict[str, list[Record]], speed: Record | None) -> l
         shown(PUBLISHED.get(row)),
         shown(rounded_up(first["certified_rate"])),
         shown(first["certified_horizon"]),
-        shown(first["k_star"]),
+        shown(shortest_enough(first)),
         shown(local),
         *(shown(cut.get(k)) for k in TRUNCATED),
         words_a_second(speed),
     ]
+
+
+def shortest_enough(first: Record) -> int | None:
+    """Return k*, never more than the model can see."""
+    k, seen = first["k_star"], first.get("receptive_field")
+    return k if k is None or seen is None else min(k, seen)
 
 
 def rounded_up(rate: float | None) -> str | None:
