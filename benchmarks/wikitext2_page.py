@@ -191,11 +191,11 @@ def designed(done: dict[str, list[Record]]) -> str:
 
 
 #: the settings that are each model's own in the second table
-OWN = ("dropout", "input_dropout", "learning_rate", "embedding_weight_decay")
+OWN = ("dropout", "input_dropout", "learning_rate", "recurrent_weight_decay")
 OWN_ABOUT = """Each model at the best of the settings tried, chosen on the validation data: dropout (inputs and outputs
-alike), learning rate, decay of the table of words. All else is as in the price rows above, the first of those tried. A
-row is made by `python benchmarks/wikitext2.py train MODEL-dropoutA-lrB-decayC`. A model is compared with its free twin
-once both have tried the same.
+alike), learning rate, decay of the recurrent layers. All else is as in the price rows above, the first of those tried.
+A row is made by `python benchmarks/wikitext2.py train MODEL-dropoutA-lrB-decayC`. A model is compared with its free
+twin once both have tried the same.
 """
 
 
@@ -224,7 +224,7 @@ def best_of(tried: list[Record]) -> Record:
 
 
 OWN_HEADER = [
-    "model", "dropout", "learning rate", "decay of the table", "valid", "test", "test, shared settings",
+    "model", "dropout", "learning rate", "decay of the layers", "valid", "test", "test, shared settings",
     "against its free twin at its own best",
     "rate (proved)", "horizon 10⁻² (proved)", "tried (valid)",
 ]  # fmt: skip
@@ -232,7 +232,7 @@ OWN_HEADER = [
 
 def own_of(record: Record) -> list[str]:
     training = with_defaults(record["training"])
-    decay = training["embedding_weight_decay"]
+    decay = training["recurrent_weight_decay"]
     decay = training["weight_decay"] if decay is None else decay
     return [f"{each:g}" for each in (record["settings"]["dropout"], training["learning_rate"], decay)]
 

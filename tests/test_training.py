@@ -77,7 +77,7 @@ from conftest import TinyMusic, TinyStream
 from unrecurrent.training import TrainingConfig, TrainingRun
 torch.set_num_threads(1)
 task = TinyMusic() if sys.argv[3] == "music" else TinyStream()
-own = {} if sys.argv[3] == "music" else {"recurrent_learning_rate_factor": 0.5, "embedding_weight_decay": 0.1}
+own = {} if sys.argv[3] == "music" else {"recurrent_learning_rate_factor": 0.5, "recurrent_weight_decay": 0.1}
 config = TrainingConfig(epochs=5.5, learning_rate=1e-2, batch_size=3, piece=20, schedule="cosine", **own)
 settings = {"hidden_size": 12, "dropout": 0.3}
 run = TrainingRun(task, sys.argv[4], settings, config, Path(sys.argv[1]), checkpoint_steps=4)
@@ -220,7 +220,7 @@ def test_diverging_training_says_so(tiny_music):
         ("learning_rate", -1.0),
         ("recurrent_learning_rate_factor", 0.0),
         ("weight_decay", -0.1),
-        ("embedding_weight_decay", -0.1),
+        ("recurrent_weight_decay", -0.1),
     ],
 )
 def test_bad_settings_are_refused(field, value):
@@ -240,34 +240,29 @@ def test_recurrent_layers_may_learn_at_a_rate_of_their_own(tiny_music, optimizer
         assert torch.allclose(weights, start[name], atol=1e-7) == name.startswith("recurrence."), name
 
 
-def test_a_rate_for_recurrent_layers_needs_some(tiny_music):
-    config = replace(QUICK, recurrent_learning_rate_factor=0.5)
-    with pytest.raises(InputError, match=r"factor must be 1 for TCN: .* holds no recurrent layer"):
-        TrainingRun(tiny_music, "tcn", {"hidden_size": 4}, config).run()
+@pytest.mark.parametrize("own", [{"recurrent_learning_rate_factor": 0.5}, {"recurrent_weight_decay": 0.0}])
+def test_rates_for_recurrent_layers_need_some(tiny_music, own):
+    with pytest.raises(InputError, match=r"must be left out for TCN: .* holds no recurrent layer"):
+        TrainingRun(tiny_music, "tcn", {"hidden_size": 4}, replace(QUICK, **own)).run()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_table_of_symbols_may_decay_at_a_rate_of_its_own(tied):
-    """At a rate of learning that moves nothing, a decay of 1 / rate takes all of the table off in one step."""
-    model = build_model("lstm", Interface(7, None, 7), {"hidden_size": 5, "embedding_size": 5, "tied": tied})
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_recurrent_layers_may_decay_at_a_rate_of_their_own(factor):
+    """At a rate of learning that moves nothing, a decay of 1 / rate takes all of a weight off in one step."""
+    model = build_model("lstm", Interface(7, None, 7), {"hidden_size": 5, "embedding_size": 5, "tied": True})
     start = {name: weights.clone() for name, weights in model.state_dict().items()}
-    config = TrainingConfig(learning_rate=1e-9, weight_decay=0.5e9, embedding_weight_decay=1e9)
-    optimizer = make_optimizer(model, config)
+    own = {"recurrent_learning_rate_factor": factor, "recurrent_weight_decay": 1e9 / factor}
+    optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-9, weight_decay=0.5e9, **own))
     model(torch.arange(7)[None]).square().sum().backward()
     optimizer.step()
-    tables = {"embedding.weight", "readout.weight"} if tied else {"embedding.weight"}
     for name, weights in model.state_dict().items():
-        torch.testing.assert_close(weights, (0 if name in tables else 0.5) * start[name], atol=1e-8, rtol=0)
-
-
-def test_a_decay_of_the_table_needs_one(tiny_music):
-    with pytest.raises(InputError, match="embedding_weight_decay must be left out where no symbols are read"):
-        TrainingRun(tiny_music, "lstm", {"hidden_size": 4}, replace(QUICK, embedding_weight_decay=0.1)).run()
+        left = 0 if name.startswith("recurrence.") else 0.5
+        torch.testing.assert_close(weights, left * start[name], atol=1e-8, rtol=0)
 
 
 def test_a_field_that_changes_nothing_does_not_make_another_training():
-    assert not {"recurrent_learning_rate_factor", "embedding_weight_decay"} & set(QUICK.identity())
-    assert replace(QUICK, embedding_weight_decay=0.0).identity() != QUICK.identity()
+    assert not {"recurrent_learning_rate_factor", "recurrent_weight_decay"} & set(QUICK.identity())
+    assert replace(QUICK, recurrent_weight_decay=0.0).identity() != QUICK.identity()
     assert replace(QUICK, recurrent_learning_rate_factor=0.5).identity() != QUICK.identity()
     assert replace(QUICK, clip_norm=0.5).identity() != QUICK.identity()
 

@@ -42,12 +42,11 @@ class TrainingConfig:
     `epochs` passes over the data, of which the last may be cut short (0.3: the first 30 % of one pass),
     `patience` the epochs without a better validation loss after which training stops (`None`: never).
     `schedule` is `constant`, `cosine` (to zero at the last step) or `plateau` (a quarter of the rate after
-    each epoch that is no better); torch's recurrent layers and the stable ones learn at
-    `recurrent_learning_rate_factor` times that rate. `weight_decay` (AdamW's is decoupled: a step takes
-    learning rate times decay off a weight) is that of all parameters; `embedding_weight_decay`, if given, takes
-    its place for the table symbols are read in by (and out by, where it is tied). Three fields concern
-    predictions over a large vocabulary: `softmax`, the type its products are made in while training and
-    validating (`float32`, `bfloat16`), `sampled_words`,
+    each epoch that is no better). `weight_decay` (AdamW's is decoupled: a step takes learning rate times decay
+    off a weight) is that of all parameters. Torch's recurrent layers and the stable ones learn at
+    `recurrent_learning_rate_factor` times the rate and decay by `recurrent_weight_decay` (`None`: as the rest).
+    Three fields concern predictions over a large vocabulary: `softmax`, the type its products are made in while
+    training and validating (`float32`, `bfloat16`), `sampled_words`,
     how many words normalise them in a training step (0: all), and `frequency_bias`, whether the biases of the readout
     start at the logarithms of the words' frequencies (else as the model has them). What a trained model scores is
     always exact and in float32.
@@ -67,7 +66,7 @@ class TrainingConfig:
     softmax: str = "float32"
     frequency_bias: bool = False
     recurrent_learning_rate_factor: float = 1.0
-    embedding_weight_decay: float | None = None
+    recurrent_weight_decay: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +84,7 @@ class TrainingConfig:
         ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("sampled_words", "weight_decay", "embedding_weight_decay"):
+        for name in ("sampled_words", "weight_decay", "recurrent_weight_decay"):
             value = getattr(self, name)
             if not (value is None and name in _NEW_FIELDS) and not 0 <= value < math.inf:
                 raise InputError(f"{name} must be at least 0 and finite, not {value}")
@@ -98,7 +97,7 @@ class TrainingConfig:
 
 
 #: fields that came to be after folders were named for the others, with the value that is how it was before
-_NEW_FIELDS = {"recurrent_learning_rate_factor": 1.0, "embedding_weight_decay": None}
+_NEW_FIELDS = {"recurrent_learning_rate_factor": 1.0, "recurrent_weight_decay": None}
 
 
 def with_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -569,36 +568,26 @@ def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.opti
 
 
 def _parameter_groups(model: torch.nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Return the parameters as an optimizer takes them; those that learn or decay at a rate of their own apart.
+    """Return the parameters as an optimizer takes them; recurrent layers apart, if they learn or decay otherwise.
 
     An optimizer that divides by the size of gradients moves each weight by about the learning rate: a row of a table
-    of words may move as much, where a state that is read H times over may not. And most rows of such a table are met
-    too seldom to be known well: decay draws these to zero, where the words they stand for are told apart by what was
-    seen often.
+    of words may move as much, where a state that is read H times over may not.
     """
-    apart: list[tuple[set[torch.nn.Parameter], dict[str, Any]]] = []
-    if config.recurrent_learning_rate_factor != 1:
-        factor = config.recurrent_learning_rate_factor
-        apart.append((_recurrent(model), {"lr": config.learning_rate * factor, "factor": factor}))
-    if config.embedding_weight_decay is not None:
-        apart.append((_embedding(model), {"weight_decay": config.embedding_weight_decay}))
-    rest = set(model.parameters()).difference(*(members for members, _ in apart))
-    return [{"params": [p for p in model.parameters() if p in members], **own} for members, own in [(rest, {}), *apart]]
-
-
-def _recurrent(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    factor, decay = config.recurrent_learning_rate_factor, config.recurrent_weight_decay
+    own = {} if factor == 1 else {"lr": config.learning_rate * factor, "factor": factor}
+    own |= {} if decay is None else {"weight_decay": decay}
+    if not own:
+        return [{"params": list(model.parameters())}]
     try:
         layers = find_recurrent(model)
     except InputError as error:
-        raise InputError(f"recurrent_learning_rate_factor must be 1 for {type(model).__name__}: {error}") from error
-    return {parameter for _, layer in layers for parameter in layer.parameters()}
-
-
-def _embedding(model: torch.nn.Module) -> set[torch.nn.Parameter]:
-    embedding = getattr(model, "embedding", None)
-    if embedding is None:
-        raise InputError("embedding_weight_decay must be left out where no symbols are read: use weight_decay")
-    return set(embedding.parameters())
+        raise InputError(
+            f"recurrent_learning_rate_factor and recurrent_weight_decay must be left out for {type(model).__name__}:"
+            f" {error}"
+        ) from error
+    apart = {parameter for _, layer in layers for parameter in layer.parameters()}
+    parts = ([p for p in model.parameters() if (p in apart) == recurrent] for recurrent in (False, True))
+    return [{"params": rest_or_layers, **extra} for rest_or_layers, extra in zip(parts, ({}, own), strict=True)]
 
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
