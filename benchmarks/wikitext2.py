@@ -362,7 +362,9 @@ def main() -> None:
             write_records(target, records)
             print(name, {key: records[0][key] for key in ("mean", "valid_mean", "params", "minutes", "certified_rate")})
         elif target.exists() and job(name, task, 0).result_path.exists():
-            write_records(FOLDER / "speed" / f"{name}.json", speed(name, task))
+            found = speed(name, task)
+            if found:
+                write_records(FOLDER / "speed" / f"{name}.json", found)
 
 
 if __name__ == "__main__":
