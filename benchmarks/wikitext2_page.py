@@ -57,8 +57,7 @@ record names; this page by `make results`.
   convolution, over any input. Rates are rounded up.
 - *k\\** (**estimate**, 4,096 positions of the test text): the smallest of {lengths}
   such that the model that sees so many words only is within 1 % of its perplexity, or all it can see where that is
-  less. *cut at k*: its test perplexity
-  when it sees k words.
+  less. *cut at k*: its test perplexity when it sees k words.
 - *local rate* (**estimate**): growth a word of small differences of the state over 16 words, the median over 64 states,
   in the Euclidean norm. It may be above a rate that is proved in another norm.
 - *recurrence, words/s*: the recurrent layers alone, one long text, two threads: step by step → by `run_parallel`.
@@ -111,12 +110,17 @@ def worse(first: Record, other: Record | None) -> str:
     return MISSING if other is None else f"{100 * (first['mean'] / other['mean'] - 1):+.1f} %"
 
 
+def settings_but(record: Record, *left_out: str) -> dict[str, Any]:
+    """Return how a row was built and trained, without some of the settings."""
+    every = {**record["settings"], **with_defaults(record["training"])}
+    return {key: value for key, value in every.items() if key not in left_out}
+
+
 def free_twin(first: Record, done: dict[str, list[Record]]) -> Record | None:
     """Return the unconstrained row that differs from a stable one in nothing but the constraint, if there is one."""
 
     def made(record: Record) -> tuple[Any, ...]:
-        settings = {key: value for key, value in record["settings"].items() if key != "rate"}
-        return record["table"], twin(record["model"]), settings, with_defaults(record["training"])
+        return record["table"], twin(record["model"]), settings_but(record, "rate")
 
     found = (rows[0] for rows in done.values() if rows[0]["model"] == twin(first["model"]) != first["model"])
     return next((other for other in found if made(other) == made(first)), None)
@@ -203,8 +207,7 @@ def own_settings(done: dict[str, list[Record]]) -> str:
     """Return the table of models at the best of the settings tried, chosen on the validation data."""
 
     def but_own(record: Record) -> tuple[Any, ...]:
-        every = {**record["settings"], **with_defaults(record["training"])}
-        return record["model"], {key: value for key, value in every.items() if key not in OWN}
+        return record["model"], settings_but(record, *OWN)
 
     price = [rows[0] for rows in done.values() if rows[0]["table"] == "price"]
     tried: dict[str, list[Record]] = {}
@@ -310,9 +313,7 @@ def without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], 
 
 def settings_of(rows: dict[str, Record]) -> str:
     """Return the section on how rows were built and trained: what is common once, then what each has of its own."""
-    every = {row: {**r["settings"], **with_defaults(r["training"])} for row, r in rows.items()}
-    for own in every.values():
-        del own["seed"]  # a row is trained from several
+    every = {row: settings_but(r, "seed") for row, r in rows.items()}  # a row is trained from several
     first, *others = every.values()
     shared = {key: value for key, value in first.items() if all(o.get(key, ...) == value for o in others)}
     lines = [f"- all rows, own settings apart: {listed(shared)}"]

@@ -1,7 +1,7 @@
 """The published pages are what the records give, and the records follow the schema."""
 
 import copy
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -37,11 +37,8 @@ def test_readme_is_short():
 @pytest.fixture
 def words_page(monkeypatch):
     """The page of WikiText-2 as a module, which finds its neighbours in benchmarks/."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("wikitext2_page", ROOT / "benchmarks" / "wikitext2_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("wikitext2_page")
 
 
 def own_row(shared: list[Record], dropout: float, valid: float, test: float) -> list[Record]:

@@ -46,10 +46,9 @@ class TrainingConfig:
     off a weight) is that of all parameters. Torch's recurrent layers and the stable ones learn at
     `recurrent_learning_rate_factor` times the rate and decay by `recurrent_weight_decay` (`None`: as the rest).
     Three fields concern predictions over a large vocabulary: `softmax`, the type its products are made in while
-    training and validating (`float32`, `bfloat16`), `sampled_words`,
-    how many words normalise them in a training step (0: all), and `frequency_bias`, whether the biases of the readout
-    start at the logarithms of the words' frequencies (else as the model has them). What a trained model scores is
-    always exact and in float32.
+    training and validating (`float32`, `bfloat16`), `sampled_words`, how many words normalise them in a training
+    step (0: all), and `frequency_bias`, whether the biases of the readout start at the logarithms of the words'
+    frequencies (else as the model has them). What a trained model scores is always exact and in float32.
     """
 
     epochs: float = 20
@@ -84,10 +83,10 @@ class TrainingConfig:
         ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("sampled_words", "weight_decay", "recurrent_weight_decay"):
-            value = getattr(self, name)
-            if not (value is None and name in _NEW_FIELDS) and not 0 <= value < math.inf:
-                raise InputError(f"{name} must be at least 0 and finite, not {value}")
+        own_decay = () if self.recurrent_weight_decay is None else ("recurrent_weight_decay",)
+        for name in ("sampled_words", "weight_decay", *own_decay):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be at least 0 and finite, not {getattr(self, name)}")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience must be at least 1, not {self.patience}")
 
@@ -586,8 +585,10 @@ def _parameter_groups(model: torch.nn.Module, config: TrainingConfig) -> list[di
             f" {error}"
         ) from error
     apart = {parameter for _, layer in layers for parameter in layer.parameters()}
-    parts = ([p for p in model.parameters() if (p in apart) == recurrent] for recurrent in (False, True))
-    return [{"params": rest_or_layers, **extra} for rest_or_layers, extra in zip(parts, ({}, own), strict=True)]
+    return [
+        {"params": [p for p in model.parameters() if p not in apart]},
+        {"params": [p for p in model.parameters() if p in apart], **own},
+    ]
 
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
