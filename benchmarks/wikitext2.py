@@ -215,9 +215,11 @@ def undisturbed_minutes(history: Sequence[Mapping[str, float]]) -> float:
 
 
 def measured(model: SequenceModel, task: Task) -> MemoryProfile:
-    """Return the truncation curve at the lengths of the table and the local rate."""
+    """Return the truncation curve at the lengths of the table, up to all the model can see, and the local rate."""
+    seen = model.receptive_field
+    ks = CURVE if seen is None else (*(k for k in CURVE if k < seen), seen)
     return measure_on_task(
-        model, task, memory_data(task), ks=CURVE, positions=POSITIONS, delta=DELTA, exponents=1, steps=512
+        model, task, memory_data(task), ks=ks, positions=POSITIONS, delta=DELTA, exponents=1, steps=512
     )
 
 

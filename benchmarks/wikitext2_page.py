@@ -4,6 +4,7 @@
 """
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ record names; this page by `make results`.
   ([docs/certificates.md](../../docs/certificates.md)). Proved over the rows of the embedding table; behind a
   convolution, over any input. Rates are rounded up.
 - *k\\** (**estimate**, 4,096 positions of the test text): the smallest of {lengths}
-  such that the model that sees so many words only is within 1 % of its perplexity, or all it can see where that is
-  less. *cut at k*: its test perplexity when it sees k words.
+  and, of a feed-forward model, all it can see, such that the model that sees so many words only is within 1 % of its
+  perplexity. *cut at k*: its test perplexity when it sees k words.
 - *local rate* (**estimate**): growth a word of small differences of the state over 16 words, the median over 64 states,
   in the Euclidean norm. It may be above a rate that is proved in another norm.
 - *recurrence, words/s*: the recurrent layers alone, one long text, two threads: step by step → by `run_parallel`.
@@ -145,17 +146,11 @@ def main_row(row: str, done: dict[str, list[Record]], speed: Record | None) -> l
         shown(PUBLISHED.get(row)),
         shown(rounded_up(first["certified_rate"])),
         shown(first["certified_horizon"]),
-        shown(shortest_enough(first)),
+        shown(first["k_star"]),
         shown(local),
         *(shown(cut.get(k)) for k in TRUNCATED),
         words_a_second(speed),
     ]
-
-
-def shortest_enough(first: Record) -> int | None:
-    """Return k*, never more than the model can see."""
-    k, seen = first["k_star"], first.get("receptive_field")
-    return k if k is None or seen is None else min(k, seen)
 
 
 def rounded_up(rate: float | None) -> str | None:
@@ -312,12 +307,16 @@ def without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], 
 
 
 def settings_of(rows: dict[str, Record]) -> str:
-    """Return the section on how rows were built and trained: what is common once, then what each has of its own."""
+    """Return the section on how rows were built and trained: what is usual once, then where each differs."""
     every = {row: settings_but(r, "seed") for row, r in rows.items()}  # a row is trained from several
-    first, *others = every.values()
-    shared = {key: value for key, value in first.items() if all(o.get(key, ...) == value for o in others)}
-    lines = [f"- all rows, own settings apart: {listed(shared)}"]
-    lines += [f"- `{row}`: {listed({k: v for k, v in own.items() if k not in shared})}" for row, own in every.items()]
+    common = set.intersection(*(set(own) for own in every.values()))
+    usual = {
+        key: statistics.mode(own[key] for own in every.values()) for key in next(iter(every.values())) if key in common
+    }
+    lines = [f"- unless said, own settings apart: {listed(usual)}"]
+    for row, own in every.items():
+        differs = {key: value for key, value in own.items() if key not in usual or usual[key] != value}
+        lines.append(f"- `{row}`: {listed(differs) or 'as usual'}")
     return "## Settings\n\n" + "\n".join(lines) + "\n"
 
 
