@@ -164,7 +164,6 @@ def train(name: str, task: Task, most_seeds: int) -> list[Record]:
     if known:
         return [{**known[0], **over_seeds, **trained_with(jobs[0])}, *known[1:]]
     model, _ = load_model(Path(results[0]["folder"]))
-    proof = certificate_on_data(model, task) if isinstance(model, RecurrentModel) else None
     profile = measured(model, task)
     base = {
         "command": f"python benchmarks/wikitext2.py train {name}",
@@ -187,7 +186,7 @@ def train(name: str, task: Task, most_seeds: int) -> list[Record]:
         k_star=profile.k(DELTA),
         local_rate=max((layer.local_rate for layer in profile.layers), default=None),
         **trained_with(jobs[0]),
-        **proved(proof),
+        **proved(model, task),
     )
     cut = [truncated(base, row, profile, tests[0], k) for k in profile.ks] if model.recurrent else []
     return [main, *cut]
@@ -249,9 +248,7 @@ def speed(name: str, task: Task) -> list[Record]:
     (stream,) = task.load("test")
     words = stream.inputs[None, :SCORED].long()
     assert model.embedding is not None
-    x = model.embedding(words)
-    if model.front is not None:
-        x, _ = model.front(x, model.front.convolution.queue(1))
+    x, _ = model.layer_inputs(model.embedding(words), model.init_cache(1)[model.state_parts :])
     proof = certificate_on_data(model, task)
     proof_given = proof if proof.stable else None
     seconds: tuple[list[float], list[float]] = ([], [])

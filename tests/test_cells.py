@@ -269,6 +269,25 @@ def test_modules_that_cannot_be_handled_get_one_sentence(module: nn.Module, word
     assert "\n" not in str(caught.value)
 
 
+class Leaky(nn.RNN):
+    """A layer of one's own around torch's weights, which say nothing of its memory."""
+
+    def forward(self, x: torch.Tensor, hx: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, last = super().forward(x, hx)
+        return hidden, last if hx is None else 0.999 * hx + 0.001 * last
+
+
+def test_layers_that_do_more_than_their_weights_say_are_refused() -> None:
+    hooked = nn.GRU(2, 3)
+    hook = hooked.register_forward_hook(lambda layer, args, output: (5 * output[0], 5 * output[1]))
+    for module, words in ((Leaky(2, 3), "methods of its own"), (hooked, "forward hooks")):
+        with pytest.raises(InputError, match=words):
+            find_recurrent(module)
+    hook.remove()
+    hooked.register_forward_pre_hook(lambda layer, args: (args[0].clamp(-1, 1), *args[1:]))
+    assert find_recurrent(hooked) == [("", hooked)]
+
+
 def test_weights_that_are_not_finite_are_named() -> None:
     module = nn.LSTM(2, 3)
     with torch.no_grad():

@@ -8,10 +8,12 @@ import unrecurrent as ur
 from unrecurrent import comparison as comparison_module
 from unrecurrent.comparison import Contender
 from unrecurrent.errors import InputError
+from unrecurrent.models import build_model
 from unrecurrent.recipes import Recipe
 from unrecurrent.records import KEYS, make_record, read_records, write_records
 from unrecurrent.search import draw_recipes
 from unrecurrent.tasks import get_task
+from unrecurrent.training import task_interface
 from unrecurrent.verdict import RULES
 
 SENTENCES = "the cat sat on the mat. the dog sat on the log. a cat and a dog sat. "
@@ -74,6 +76,13 @@ def test_stable_model_is_certified_and_the_others_say_so(comparison):
     assert proved["stable-rnn"] < 1
     assert proved["lstm"] is None
     assert proved["tcn"] is None
+
+
+def test_the_horizon_of_a_record_is_one_of_the_models_inputs(text_task):
+    task = get_task(text_task)
+    model = build_model("certified-lstm", task_interface(task), {"hidden_size": 8, "input_kernel": 4})
+    of_the_layers = model.certificate().horizon(1e-2)
+    assert comparison_module.proved(model, task)["certified_horizon"] == of_the_layers + 3
 
 
 def test_memory_of_feed_forward_models_is_within_their_receptive_field(comparison):

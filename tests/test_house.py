@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "unrecurrent"
 CORE = (
     "cells", "certificate", "stability", "stable_lstm", "self_keeping", "feasible", "projections", "kernels",
     "memory", "bands", "lyapunov", "layer_memory", "trajectories", "reading", "parallel", "engines",
-    "chunks", "pilot", "agreement", "evidence",
+    "chunks", "pilot", "agreement", "evidence", "stock",
     "sharded", "truncation", "onnx_graph", "onednn", "digests",
 )  # fmt: skip
 OUTSIDE = ("tasks", "models", "batches", "training", "checkpoint", "worker", "jobs", "speed", "recipes", "search",

@@ -188,7 +188,7 @@ def test_onnx_file_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert code == 0
     assert json.loads(out)["stable"]
     code, out, _ = run(capsys, monkeypatch, "certify", tmp_path / "gru.onnx", "--input-bound", 3)
-    assert "Proved: inputs more than" in out
+    assert "Proved: the layer's own inputs more than" in out
     code, out, err = run(capsys, monkeypatch, "measure", tmp_path / "gru.onnx")
     assert code == 2
     assert "add --data" in err

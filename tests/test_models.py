@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from unrecurrent.certificate import certify
 from unrecurrent.errors import InputError
 from unrecurrent.models import Interface, build_model, match_parameters, model_names, parameter_count
 from unrecurrent.training import TrainingConfig, make_optimizer
@@ -206,6 +207,46 @@ def test_leaky_units_start_as_averages_of_their_own_past(name):
         assert weight[4:, 4:].all()
     slow = build_model("certified-rnn", PIANO, {"hidden_size": 8, "rate": 0.5, "leaky_units": 0.99}).eval()
     torch.testing.assert_close(slow.recurrence.weight_hh_l0, 0.5 * torch.eye(8), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("lstm", {"input_kernel": 3}), ("certified-gru", {}), ("stable-lstm", {}), ("certified-lstm-plain", {})],
+)
+def test_certificates_hold_for_what_the_layers_read_of_the_data(name, settings):
+    """Not for the features themselves: clipped, or read through a convolution, they drive the layers elsewhere."""
+    torch.manual_seed(0)
+    model = build_model(name, PIANO, {"hidden_size": 12, **settings})
+    sequences = [torch.rand(steps, 1) * 2 + 1.5 + torch.arange(5) for steps in (20, 7)]
+    certificate = model.certificate(inputs=sequences)
+    assert model.training
+    model.eval()
+    queues = model.init_cache(1)[model.state_parts :]
+    read = [model.layer_inputs(features[None], queues)[0] for features in sequences]
+    assert all(certificate.holds_for(each) for each in read)
+    naive = certify(model.recurrence, inputs=torch.cat(sequences))
+    assert not all(naive.holds_for(each) for each in read)
+
+
+def test_a_bound_of_the_features_is_one_of_what_a_convolution_makes_of_them():
+    torch.manual_seed(0)
+    model = build_model("lstm", PIANO, {"hidden_size": 12, "input_kernel": 3}).eval()
+    bound = model.front.bound(2.0)
+    most = 0.0
+    for kernel in model.front.convolution.weight[:5].detach():  # the inputs that drive each entry furthest
+        read, _ = model.layer_inputs(2 * kernel.sign().T[None], model.init_cache(1)[model.state_parts :])
+        most = max(most, read.abs().max().item())
+    assert 0.3 * bound < most <= bound
+    assert model.certificate(input_bound=2.0).holds_for(torch.full((1, 1, 5), bound * (1 - 1e-6)))
+
+
+def test_models_of_symbols_are_certified_for_all_there_are():
+    for settings in ({}, {"input_kernel": 2}):
+        model = build_model("certified-lstm", TEXT, {"hidden_size": 5, **settings})
+        assert model.certificate().stable
+        for covered in ({"inputs": [torch.randn(3, 64)]}, {"input_bound": 1.0}):
+            with pytest.raises(InputError, match="certified for all there are"):
+                model.certificate(**covered)
 
 
 @pytest.mark.parametrize("name", ["stable-rnn", "stable-lstm", "certified-rnn", "certified-lstm", "certified-gru"])

@@ -30,6 +30,7 @@ from unrecurrent.parallel import Parallel, chunked_reference, run_parallel
 from unrecurrent.speed import one_thread
 from unrecurrent.stability import StableGRU, StableRNN
 from unrecurrent.stable_lstm import StableLSTM
+from unrecurrent.stock import is_stock
 
 pytestmark = pytest.mark.alone
 KINDS = [nn.RNN, nn.GRU, nn.LSTM]
@@ -891,12 +892,12 @@ def halved(module):
 @torch.no_grad()
 def test_a_layer_with_methods_of_its_own_is_taken_as_the_users_module(make):
     module, x = make(4, 8), torch.randn(600, 1, 4)
-    assert not engines.is_stock(module)
+    assert not is_stock(module)
     y, _, _ = run_parallel(module, x, chunks=8, warmup=60)
     assert (y - module(x)[0]).abs().max() <= 1e-4
-    assert engines.is_stock(Named(4, 8))
+    assert is_stock(Named(4, 8))
     hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not engines.is_stock(nn.LSTM(4, 8))
+    assert not is_stock(nn.LSTM(4, 8))
     hook.remove()
 
 
@@ -970,7 +971,7 @@ def test_layers_that_only_look_different_take_the_loop():
         assert (engine.advance(x, engine.zero_state(5))[0] - lstm(x)[0]).abs().max() < 5e-6
     named = Named(3, 8)
     named.__dict__["_compiled_call_impl"] = named._call_impl  # what compile() leaves behind
-    assert engines.is_stock(named)
+    assert is_stock(named)
 
 
 @pytest.mark.parametrize("kind", [StableRNN, StableGRU, StableLSTM])

@@ -296,6 +296,46 @@ def test_cells_called_step_by_step_are_measured():
     assert layer.forgetting.lags[-1] == 41
 
 
+class LayerStepByStep(nn.Module):
+    """A model that calls a whole layer for every step, with the state it returned or without."""
+
+    def __init__(self, handed_on):
+        super().__init__()
+        self.layer, self.handed_on = nn.LSTM(2, 3, batch_first=True), handed_on
+
+    def forward(self, x):
+        state, outputs = None, []
+        for x_t in x.split(1, 1):
+            y, state = self.layer(x_t, state)
+            state = state if self.handed_on else tuple(part / 2 for part in state)
+            outputs.append(y)
+        return torch.cat(outputs, 1)
+
+
+def test_layers_called_step_by_step_are_measured_as_in_one_call():
+    class Whole(LayerStepByStep):
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    models = [LayerStepByStep(True), Whole(True), LayerStepByStep(False)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    data = [(torch.randn(n, 2), torch.zeros(n, 3)) for n in (30, 30, 41)]
+    stepwise, whole, changed = (measure_memory(m, data, squared, positions=60, steps=60) for m in models)
+    np.testing.assert_allclose(stepwise.forgetting.values, whole.forgetting.values, atol=1e-5)
+    np.testing.assert_allclose(stepwise.lyapunov, whole.lyapunov, atol=1e-3)
+    assert changed.layers == ()
+    assert "'layer' is called for every step with other states" in changed.notes[0]
+
+
+def test_a_layer_seen_in_no_state_but_its_start_is_not_said_to_forget():
+    profile = measure_memory(
+        Readout(nn.LSTM(2, 3, batch_first=True)), [(torch.randn(1, 2), torch.zeros(1, 1))], squared
+    )
+    assert profile.forgetting is None
+    assert "no state but its start" in profile.notes[0]
+
+
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "stable-lstm", "certified-lstm"])
 def test_profile_of_every_recurrent_model(name):
     model = build_model(name, Interface(6, None, 6), {"hidden_size": 5, "embedding_size": 4})

@@ -9,8 +9,9 @@ from torch import Tensor
 from unrecurrent.cells import StackedCell
 from unrecurrent.certificate import Certificate, Proof
 from unrecurrent.chunks import Attempt, Gain, GiveUp, Plan
-from unrecurrent.engines import State, is_stock, largest_sum
+from unrecurrent.engines import State, largest_sum
 from unrecurrent.evidence import Options
+from unrecurrent.stock import is_stock
 
 _GAIN_CHUNKS = 8
 

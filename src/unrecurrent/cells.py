@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from unrecurrent.errors import InputError
+from unrecurrent.stock import is_replaced
 
 # Computed ranges are widened by this much, relative to the terms that were added up, which covers float64 rounding.
 ROUNDING_MARGIN = 1e-12
@@ -990,12 +991,19 @@ def check_module(module: object) -> None:
 
 
 def check_recurrent(layer: nn.Module, name: str = "") -> None:
-    """Raise `InputError` in one sentence for a layer that is bidirectional, projected, or holds numbers not finite."""
+    """Raise `InputError` in one sentence for a layer whose weights do not say all it does, or are not finite.
+
+    Hooks that run before the layer are left alone: they make its inputs, and all is said of the inputs it gets.
+    """
     label = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
     if getattr(layer, "bidirectional", False):
         raise InputError(f"{label} is bidirectional, so its outputs depend on the future: give a one-directional layer")
     if getattr(layer, "proj_size", 0):
         raise InputError(f"{label} has proj_size={layer.proj_size}: give an LSTM without a projection")
+    if is_replaced(layer):
+        raise InputError(f"{label} has methods of its own, of which its weights say nothing: give the plain layer")
+    if layer._forward_hooks:
+        raise InputError(f"{label} has forward hooks, which may change what its weights say: remove them first")
     if any(value.is_meta for value in layer.parameters()):
         raise InputError(f"{label} is on the meta device, where weights have no values: load them first")
     for tensor, value in (*layer.named_parameters(), *layer.named_buffers()):

@@ -817,7 +817,7 @@ def _allowed(layer: nn.Module, inputs: Any, input_bound: float | None, embedding
         return _Allowed(BoxInput.bounded(bound, width), sentence)
     if embedding is not None:
         table = _table(embedding)
-        _check_points(table, width, "the embedding")
+        check_points(table, width, "the embedding")
         return _Allowed(PointInput(table), f"sequences of the {len(table):,} rows of the embedding table")
     return _Allowed(AnyInput(), "all inputs")
 
@@ -835,7 +835,7 @@ def _data(layer: nn.Module, inputs: Any) -> _Allowed:
         inputs = inputs.data
     if not isinstance(inputs, Tensor):
         raise InputError(f"inputs must be a tensor (steps, batch, features), got {type(inputs).__name__}")
-    _check_points(inputs, int(layer.input_size), "inputs")  # type: ignore[arg-type]
+    check_points(inputs, int(layer.input_size), "inputs")  # type: ignore[arg-type]
     if inputs.dim() == 3:
         batch, steps = inputs.shape[:2] if getattr(layer, "batch_first", False) else inputs.shape[1::-1]
         amount = f"{batch:,} sequence(s) of {steps:,} step(s)"
@@ -845,7 +845,8 @@ def _data(layer: nn.Module, inputs: Any) -> _Allowed:
     return _Allowed(PointInput(inputs), sentence)
 
 
-def _check_points(points: Tensor, width: int, label: str) -> None:
+def check_points(points: Tensor, width: int, label: str) -> None:
+    """Raise `InputError` unless these are finite vectors (…, width), at least one."""
     if not points.is_floating_point():
         raise InputError(f"{label} must hold floating-point vectors, got {points.dtype}: embed the tokens first")
     if points.dim() == 0 or points.shape[-1] != width:

@@ -38,6 +38,9 @@ ReportPath = Annotated[Path | None, typer.Option(help="Write a self-contained HT
 RecordsPath = Annotated[Path | None, typer.Option(help="Write the rows as a JSON list of records here.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
 
+#: whose horizon is proved where what stands before a layer is not known
+LAYER_INPUTS = "the layer's own inputs"
+
 
 def main() -> None:
     """Run the command line; a user's mistake ends with one sentence and exit code 2."""
@@ -251,8 +254,6 @@ def certify(
     as_json: Json = False,
 ) -> None:
     """What can be proved about a trained model: its rate and horizon, and under which assumptions."""
-    import torch
-
     from unrecurrent.certificate import checked_eps
     from unrecurrent.checkpoint import load_model
     from unrecurrent.models.recurrent import RecurrentModel
@@ -266,13 +267,13 @@ def certify(
 
         arrays = load_arrays(Path(data)) if data else None
         proved = load_graph(checkpoint).certificates(arrays, input_bound=input_bound, method=method)
-        _show_certificates(proved, eps, as_json)
+        _show_certificates(proved, eps, as_json, whose=LAYER_INPUTS)
         return
     model, config = load_model(checkpoint)
     if isinstance(model, Seq2SeqLSTM):
         if data or input_bound is not None:
             raise InputError("what is proved of this model's layers holds for all they can read: leave the option out")
-        _show_certificates(model.layer_certificates(method=method), eps, as_json, whose="the layer's own inputs")
+        _show_certificates(model.layer_certificates(method=method), eps, as_json, whose=LAYER_INPUTS)
         return
     if not isinstance(model, RecurrentModel):
         reach = f"an output depends on the last {model.receptive_field} inputs alone"
@@ -281,22 +282,23 @@ def certify(
         raise InputError(f"the model {config['model']!r} has no recurrent layer to certify: {reach}")
     inputs = None
     if data:
-        inputs = torch.cat([example.inputs for example in get_task(data, data_dir=data_dir).load("test")])
+        inputs = [example.inputs for example in get_task(data, data_dir=data_dir).load("test")]
     certificate = model.certificate(inputs=inputs, input_bound=input_bound, method=method)
-    _show_certificates({checkpoint.name: certificate}, eps, as_json)
+    _show_certificates({checkpoint.name: certificate}, eps, as_json, reach=model.reach)
 
 
 def _show_certificates(
-    certificates: dict[str, "Certificate"], eps: float, as_json: bool, whose: str = "inputs"
+    certificates: dict[str, "Certificate"], eps: float, as_json: bool, whose: str = "inputs", reach: int = 0
 ) -> None:
+    """Print certificates; `reach` is by how much the horizon for what `whose` names is longer than the layer's own."""
+    horizons = {name: None if (h := c.horizon(eps)) is None else h + reach for name, c in certificates.items()}
     if as_json:
-        shown = [{**c.to_dict(), "eps": eps, "horizon": c.horizon(eps)} for c in certificates.values()]
+        shown = [{**c.to_dict(), "eps": eps, "horizon": horizons[name]} for name, c in certificates.items()]
         _print_json(shown[0] if len(shown) == 1 else dict(zip(certificates, shown, strict=True)))
         return
     for name, certificate in certificates.items():
         print(certificate if len(certificates) == 1 else f"{name}: {certificate}")
-        horizon = certificate.horizon(eps)
-        if horizon is not None:
+        if (horizon := horizons[name]) is not None:
             print(f"Proved: {whose} more than {horizon:,} steps back change the hidden state by at most {eps:g}.")
 
 

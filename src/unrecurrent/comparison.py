@@ -86,7 +86,7 @@ class Entry:
     receptive_field: int | None
     speed: Speed
     memory: MemoryProfile | None
-    certificate: Certificate | None
+    proved: Mapping[str, float | int | None]
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ class _Session:
         trained = [load_model(Path(r[0]["folder"]))[0] for r in results]
         data = memory_data(self.task)
         profiles = [self._profile(model, data, positions) for model in trained]
-        proofs = [certificate_on_data(m, self.task) if isinstance(m, RecurrentModel) else None for m in trained]
+        proofs = [proved(model, self.task) for model in trained]
         speeds = measure_speed(dict(zip(labels, trained, strict=True)), self.task, recipes[0].training)
         return [
             Entry(c, recipe, result, model.receptive_field, speeds[c.label], profile, proof)
@@ -342,8 +342,7 @@ def certificate_on_data(model: RecurrentModel, task: Task, method: str = "best")
     """Return what is proved of a recurrent model for inputs in the range of the task's data."""
     if model.embedding is not None:
         return model.certificate(method=method)
-    inputs = torch.cat([x for split in SPLITS for x, _ in task.load(split)])
-    return model.certificate(inputs=inputs, method=method)
+    return model.certificate(inputs=[x for split in SPLITS for x, _ in task.load(split)], method=method)
 
 
 def _scores(entry: Entry, split: str, metric: Metric) -> list[float]:
@@ -387,7 +386,7 @@ def _record(entry: Entry, task: Task, command: str) -> Record:
         peak_memory_mib=_peak(entry.results),
         receptive_field=entry.receptive_field,
         k_star=_k_star(entry),
-        **proved(entry.certificate),
+        **entry.proved,
         local_rate=max((layer.local_rate for layer in entry.memory.layers), default=None) if entry.memory else None,
     )
 
@@ -401,11 +400,18 @@ def _peak(results: Sequence[Mapping[str, Any]]) -> float | None:
     return None if None in peaks else round(max(peaks), 1)
 
 
-def proved(certificate: Certificate | None) -> dict[str, Any]:
-    """Return what a record says of a certificate: rate and horizon, `None` where nothing is proved."""
+def proved(model: SequenceModel, task: Task) -> dict[str, float | int | None]:
+    """Return what a record says of what is proved of a model for the task's data: `None` where nothing is.
+
+    The horizon is one of the model's inputs: where a convolution stands before the layers, it is longer than theirs.
+    """
+    certificate = certificate_on_data(model, task) if isinstance(model, RecurrentModel) else None
     if certificate is None or not certificate.stable:
         return {"certified_rate": None, "certified_horizon": None}
-    return {"certified_rate": certificate.rate, "certified_horizon": certificate.horizon(HORIZON_EPS)}
+    horizon = certificate.horizon(HORIZON_EPS)
+    if horizon is not None and isinstance(model, RecurrentModel):
+        horizon += model.reach
+    return {"certified_rate": certificate.rate, "certified_horizon": horizon}
 
 
 def _training(result: Mapping[str, Any], metric: Metric) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from unrecurrent import kernels
 from unrecurrent.errors import InputError
 from unrecurrent.self_keeping import SelfKeeping
+from unrecurrent.stock import is_stock
 
 State = tuple[Tensor, ...]
 
@@ -203,33 +204,6 @@ def choose_engine(plain: ModuleEngine, x: Tensor, differentiable: bool) -> Engin
     if differentiable or x.device.type != "cpu" or not LoopEngine.takes(module, x.dtype):
         return plain
     return LoopEngine(module)
-
-
-#: what a subclass may define, beside special methods, without changing what a layer computes
-_HARMLESS = {"extra_repr", "reset_parameters"}
-
-
-def is_stock(module: nn.Module) -> bool:
-    """Whether a recurrent layer does what its weights say: torch's or the package's, nothing replaced, no hooks."""
-    if not isinstance(module, nn.RNNBase) and not hasattr(module, "cell_kind"):
-        return False
-    hooked = module._forward_hooks or module._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
-    values = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
-    patched = any(callable(value) and hasattr(type(module), name) for name, value in values.items())
-    home = type(module).forward.__module__
-    known = home == nn.RNNBase.__module__ or home.startswith(f"{__package__}.")
-    return known and not (hooked or patched or _overridden(type(module)))
-
-
-def _overridden(kind: type) -> bool:
-    """Whether a class from elsewhere puts something of its own in the place of what a layer has."""
-    known = {name for parent in kind.__mro__ if _is_ours(parent) for name in vars(parent)}
-    foreign = {name for parent in kind.__mro__ if not _is_ours(parent) for name in vars(parent)}
-    return bool({name for name in foreign & known if not name.startswith("__") or name == "__call__"} - _HARMLESS)
-
-
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.split(".")[0] in ("torch", __package__, "builtins")
 
 
 def refuse_dropout(module: nn.Module) -> None:

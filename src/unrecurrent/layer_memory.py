@@ -22,6 +22,10 @@ RATE_STATES = 64
 SEGMENTS, PAIRS = 16, 48
 
 
+class NotSeen(Exception):
+    """Says of a layer why the data show nothing of its memory."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerMemory:
     """Estimates for one recurrent layer along real trajectories, beside its certificate.
@@ -105,7 +109,9 @@ def measure_layer(
     steps: int,
     say: Callable[[str, float], None],
 ) -> LayerMemory:
-    """Measure one layer on the segments its tap has kept."""
+    """Measure one layer on the segments its tap has kept; `NotSeen` where they show nothing."""
+    if not tap.segments:
+        raise NotSeen(tap.missed)
     recurrence = tap.recurrence()
     wanted = recurrence.state_size if count == "all" else count
     length = max(len(s.inputs) for s in tap.segments)
@@ -115,7 +121,7 @@ def measure_layer(
     rates = _rates(recurrence, lanes, passage.times, passage.states)
     say("local rates", 1.0)
     segments = sorted(shortened(recurrence, tap.segments, lags[-1]), key=lambda s: -len(s.inputs))[:SEGMENTS]
-    others = _other_starts(segments, passage.states)
+    segments, others = _other_starts(segments, passage.states)
     apart = forgetting(recurrence, segments, others, lags, lambda f: say("forgetting", f))
     spectrum = exponents(passage) if wanted else np.empty((0, 3))
     return LayerMemory(
@@ -148,20 +154,23 @@ def _rates(recurrence: Recurrence, lanes: Lanes, times: Sequence[int], states: T
     return found
 
 
-def _other_starts(segments: Sequence[Segment], visited: Tensor) -> Tensor:
-    """For each segment the states to start from instead: zero (where the model did not) and visited ones."""
+def _other_starts(segments: Sequence[Segment], visited: Tensor) -> tuple[list[Segment], Tensor]:
+    """The segments that have other states to start from, and those: zero (where the model did not) and visited ones."""
     count = -(-PAIRS // len(segments))
     flat = visited.flatten(0, 1)
     flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))]
-    rows = []
+    kept, rows = [], []
     for number, segment in enumerate(segments):
         shifted = flat.roll(-number * count, 0)
         unlike = shifted[(shifted != segment.start).any(1)]
-        picked = (unlike if len(unlike) else shifted).repeat(count, 1)[:count].clone()
         if segment.start.any():
-            picked[0] = 0.0
-        rows.append(picked)
-    return torch.stack(rows)
+            unlike = torch.cat([torch.zeros_like(segment.start)[None], unlike])
+        if len(unlike):
+            kept.append(segment)
+            rows.append(unlike.repeat(count, 1)[:count])
+    if not rows:
+        raise NotSeen("was seen in no state but its start: give longer sequences")
+    return kept, torch.stack(rows)
 
 
 def _certificate(tap: Tap) -> Certificate | None:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from unrecurrent.bands import COVERAGE, Decay, band_of_means, resampling_weights, spread_lags
 from unrecurrent.certificate import Certificate
 from unrecurrent.errors import InputError, is_whole
-from unrecurrent.layer_memory import LANES, LayerMemory, measure_layer
+from unrecurrent.layer_memory import LANES, LayerMemory, NotSeen, measure_layer
 from unrecurrent.progress import progress_bars
 from unrecurrent.reading import Piece, Reader
 from unrecurrent.trajectories import Tap, Wanted, choose_segments, find_taps
@@ -208,7 +208,10 @@ def _verdict(profile: MemoryProfile, delta: float) -> Iterator[str]:
         )
     proved = [certificate.horizon(small) for certificate in profile.certificates]
     if len(profile.layers) == 1 and proved and proved[0] is not None:
-        yield f"proved: inputs more than {proved[0]:,} steps back change the hidden state by at most {small:g}"
+        yield (
+            "proved of the recurrent layer, for inputs of its own in the range seen here: those more than"
+            f" {proved[0]:,} steps back change its state by at most {small:g}"
+        )
     yield _window_in_words(profile, delta)
 
 
@@ -224,8 +227,8 @@ def _window_in_words(profile: MemoryProfile, delta: float) -> str:
         return f"on average {inputs} keep the {what} within {delta:.2g} of itself (estimate)"
     largest = float(profile.losses[profile.ks.index(k)].max()) ** 0.5
     return (
-        f"on average {inputs} keep the outputs within {delta:.2g} of their variance, but single ones change by up to"
-        f" {largest:.2g} (estimate)"
+        f"on average {inputs} keep the outputs within {delta:.2g} of their variance, but those of a single step change"
+        f" by up to {largest:.2g}, as a root mean square (estimate)"
     )
 
 
@@ -327,8 +330,12 @@ def measure_memory(
         if layers and gradient is None:
             notes.append("not measured: the decay of gradients, because the loss has no derivative by the inputs")
         lags = spread_lags(_longest(data, longest))
-        seen = [measure_layer(tap, lags, exponents, steps, say) for tap in taps if tap.segments]
-        notes += [f"not measured: the layer {tap.name!r} {tap.missed}" for tap in taps if not tap.segments]
+        seen = []
+        for tap in taps:
+            try:
+                seen.append(measure_layer(tap, lags, exponents, steps, say))
+            except NotSeen as error:
+                notes.append(f"not measured: the layer {tap.name!r} {error}")
     order = tuple(sorted(measured))
     contexts = [c for c in map(sample.reader.context, sample.lengths.values()) if c is not None]
     curve = np.stack([measured[k] for k in order])

@@ -28,7 +28,6 @@ from unrecurrent.engines import (
     choose_engine,
     doubt_step_cost,
     drops_out,
-    is_stock,
     learn_sequential_step,
     parts_of,
     refuse_dropout,
@@ -37,6 +36,7 @@ from unrecurrent.engines import (
 from unrecurrent.errors import InputError
 from unrecurrent.evidence import Evidence, Options, Verify, merged, sequential_evidence
 from unrecurrent.pilot import CHECKED_SHARE, decide, left_for_the_rest
+from unrecurrent.stock import is_stock
 
 _CARRY_STEPS = 16  # on which a user's module is tried
 _NUMPY_TYPES = (np.float16, np.float32, np.float64)  # what outputs can be written as, in the machine's byte order

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from unrecurrent.chunks import LONG_BLOCK, GiveUp, Ledger, NotWorthIt, Plan, TryAPart
-from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, is_stock, step_cost
+from unrecurrent.engines import Engine, ModuleEngine, State, StepCost, step_cost
 from unrecurrent.evidence import Options
+from unrecurrent.stock import is_stock
 
 PILOT_BLOCK = 16
 _PILOT_HISTORY = 32

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +116,19 @@ class Wanted(NamedTuple):
     length: int
 
 
+class Call(NamedTuple):
+    """One call of a layer: what it read, from which state, and with which it ended."""
+
+    inputs: Any
+    start: Any
+    end: Any
+
+    def goes_on(self, before: "Call") -> bool:
+        """Whether this call starts from the state that the one before ended with."""
+        starts, ends = ((s,) if isinstance(s, Tensor) else s for s in (self.start, before.end))
+        return starts is not None and all(map(torch.equal, starts, ends))
+
+
 class Tap:
     """Listens to one recurrent layer: what it read and where its state began, call by call."""
 
@@ -122,7 +136,7 @@ class Tap:
         self.name, self.layer = name, layer
         self.segments: list[Segment] = []
         self._parts: dict[Wanted, tuple[Tensor, list[Tensor]]] = {}
-        self._calls: list[tuple[Any, Any]] = []
+        self._calls: list[Call] = []
         self.missed = "is never called by the model"
 
     @property
@@ -141,7 +155,8 @@ class Tap:
     def listening(self) -> Iterator[None]:
         def listen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["input"]
-            self._calls.append((x, args[1] if len(args) > 1 else kwargs.get("hx")))
+            end = output if isinstance(layer, RECURRENT_CELLS) else output[1]
+            self._calls.append(Call(x, args[1] if len(args) > 1 else kwargs.get("hx"), end))
 
         hook = self.layer.register_forward_hook(listen, with_kwargs=True)
         try:
@@ -158,9 +173,14 @@ class Tap:
         needed = [w for sequence in group for w in wanted.get(sequence, ()) if _overlaps(w, piece, carried)]
         if not needed:
             return
+        if any(not later.goes_on(earlier) for earlier, later in pairwise(calls)):
+            calls = calls[:1]  # the layer reads several sequences, of which one will do
         x, starts = self._joined(calls)
         if x.shape[1] != len(group):
             self.missed = f"reads a batch of {x.shape[1]} where the model reads {len(group)}, so rows have no sequence"
+            return
+        if len(x) == 1 < piece.outputs.shape[1]:
+            self.missed = "is called for every step with other states than it returned, so none can be followed"
             return
         for w in needed:
             row = group.index(w.sequence)
@@ -178,18 +198,20 @@ class Tap:
                 self.segments.append(Segment(inputs, start))
         self._parts.clear()
 
-    def _joined(self, calls: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    def _joined(self, calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
         """All that was read, (T, B, ·), and the flat states (B, state_size) before it."""
-        x, hx = calls[0]
+        x = torch.cat([self._steps(call.inputs) for call in calls])
+        return x.detach().cpu(), self._flat(calls[0].start, x.shape[1])
+
+    def _steps(self, x: Any) -> Tensor:
+        """The inputs of one call, (T, B, ·)."""
         if isinstance(self.layer, RECURRENT_CELLS):
-            x = torch.stack([one if one.dim() == 2 else one[None] for one, _ in calls])
-        elif isinstance(x, PackedSequence):
-            x = pad_packed_sequence(x)[0]
-        elif x.dim() == 2:
-            x = x[:, None]
-        elif getattr(self.layer, "batch_first", False):
-            x = x.transpose(0, 1)
-        return x.detach().cpu(), self._flat(hx, x.shape[1])
+            return x[None] if x.dim() == 2 else x[None, None]
+        if isinstance(x, PackedSequence):
+            return pad_packed_sequence(x)[0]
+        if x.dim() == 2:
+            return x[:, None]
+        return x.transpose(0, 1) if getattr(self.layer, "batch_first", False) else x
 
     def _flat(self, hx: Any, batch: int) -> Tensor:
         if isinstance(self.layer, CellLayer):
@@ -221,8 +243,9 @@ class CacheTap(Tap):
         original = model.advance
 
         def listen(inputs: Tensor, cache: Any) -> Any:
-            self._calls.append((inputs, cache))
-            return original(inputs, cache)
+            outputs, after = original(inputs, cache)
+            self._calls.append(Call(inputs, cache, after))
+            return outputs, after
 
         model.advance = listen
         try:
@@ -231,8 +254,8 @@ class CacheTap(Tap):
             del model.advance
             self._calls.clear()
 
-    def _joined(self, calls: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-        x, cache = calls[0]
+    def _joined(self, calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
+        x, cache, _ = calls[0]
         return x.detach().transpose(0, 1).cpu(), self._recurrence.flatten(cache).detach().double().cpu()
 
 

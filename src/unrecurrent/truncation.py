@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unrecurrent.engines import is_stock, refuse_dropout
+from unrecurrent.engines import refuse_dropout
 from unrecurrent.errors import InputError, is_whole
+from unrecurrent.stock import is_stock
 
 State = tuple[Tensor, ...]
 

@@ -46,5 +46,5 @@ class CertifiedGRU(BoundedInputs, Certified, GRU):
     def project(self) -> None:
         self.clip_embedding()
 
-    def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        return super().advance_body(self.clipped(encoded), cache)
+    def layer_inputs(self, encoded: Tensor, queues: Cache) -> tuple[Tensor, Cache]:
+        return super().layer_inputs(self.clipped(encoded), queues)

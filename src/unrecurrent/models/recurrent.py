@@ -1,12 +1,14 @@
 """The recurrent models `rnn`, `lstm` and `gru`: torch's own layers with their fused kernels."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unrecurrent.certificate import Certificate, certify
+from unrecurrent.certificate import Certificate, certify, check_points
+from unrecurrent.errors import InputError
 from unrecurrent.models.causal_conv import CausalConv1d
 from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
 
@@ -27,6 +29,12 @@ class GatedInputs(nn.Module):
         """Read `(B, T, D)` after `queue`; return `(B, T, D)` and the next queue."""
         gated, queue = self.convolution(x.transpose(1, 2), queue)
         return x + F.glu(gated, 1).transpose(1, 2), queue
+
+    def bound(self, input_bound: float) -> float:
+        """Return what no entry of the output exceeds where none of the inputs exceeds `input_bound`: a gate is ≤ 1."""
+        read, _ = self.convolution.weight.detach().double().abs().sum((1, 2)).chunk(2)
+        added, _ = self.convolution.bias.detach().double().abs().chunk(2)
+        return input_bound + float((read * input_bound + added).max())
 
 
 class RecurrentModel(SequenceModel):
@@ -74,23 +82,58 @@ class RecurrentModel(SequenceModel):
         state = tuple(part.index_select(1, rows) for part in cache[: self.state_parts])
         return state + super().select(cache[self.state_parts :], rows)
 
+    @property
+    def reach(self) -> int:
+        """For how many more steps an input of the model is part of what the layers read."""
+        return 0 if self.front is None else self.front.convolution.reach
+
+    def layer_inputs(self, encoded: Tensor, queues: Cache) -> tuple[Tensor, Cache]:
+        """Return what the layers read of encoded inputs `(B, T, E)`, as wide, and the queues after them."""
+        if self.front is None:
+            return encoded, ()
+        encoded, queue = self.front(encoded, *queues)
+        return encoded, (queue,)
+
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         state, queues = cache[: self.state_parts], cache[self.state_parts :]
-        if self.front is not None:
-            encoded, queue = self.front(encoded, queues[0])
-            queues = (queue,)
+        encoded, queues = self.layer_inputs(encoded, queues)
         hidden, after = self.recurrence(encoded, state if self.state_parts > 1 else state[0])
         return hidden, (*(after if self.state_parts > 1 else (after,)), *queues)
 
-    def certificate(self, **inputs_covered: Any) -> Certificate:
-        """Return what can be proved about the recurrence in evaluation mode.
+    def certificate(
+        self, inputs: Sequence[Tensor] | None = None, input_bound: float | None = None, method: str = "best"
+    ) -> Certificate:
+        """Return what can be proved about the recurrence in evaluation mode, said of what its layers read.
 
-        A model of symbols is certified for its embedding table, which is every input there is; for features, or behind
-        a convolution, say which inputs to cover as for `certify` (`inputs=`, `input_bound=`, or nothing for all).
+        A model of symbols is certified for its embedding table, which is every input there is, or behind a convolution
+        for all inputs. One of features: for what its layers read of the sequences `inputs`, each `(T, D)`, or of any
+        with no entry above `input_bound`; with neither, for all inputs.
         """
-        if self.embedding is not None and self.front is None:
-            inputs_covered = {**inputs_covered, "embedding": self.embedding}
-        return certify(self.recurrence, **inputs_covered)
+        if self.embedding is not None:
+            if inputs is not None or input_bound is not None:
+                raise InputError(
+                    "a model of symbols is certified for all there are: leave the data and the bound of the inputs out"
+                )
+            return certify(self.recurrence, embedding=self.embedding if self.front is None else None, method=method)
+        if self.front is not None and input_bound is not None:
+            input_bound = self.front.bound(input_bound)
+        seen = None if inputs is None else self._seen(inputs)
+        return certify(self.recurrence, inputs=seen, input_bound=input_bound, method=method)
+
+    @torch.no_grad()
+    def _seen(self, sequences: Sequence[Tensor]) -> Tensor:
+        """Return all that the layers read of some sequences of features in evaluation mode, `(N, D)`."""
+        for features in sequences:
+            check_points(features, int(self.interface.features or 0), "inputs")
+        if self.front is None:
+            sequences = [torch.cat([features.flatten(0, -2) for features in sequences])]
+        was, _ = self.training, self.eval()
+        try:
+            queues = self.init_cache(1)[self.state_parts :]
+            read = [self.layer_inputs(features[None].to(self.device), queues)[0] for features in sequences]
+        finally:
+            self.train(was)
+        return torch.cat(read, 1)[0]
 
 
 class RNN(RecurrentModel):

@@ -56,8 +56,8 @@ class PlainLSTM(BoundedInputs, LSTM):
         else:
             self.constraint.hold()
 
-    def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        return super().advance_body(self.clipped(encoded), cache)
+    def layer_inputs(self, encoded: Tensor, queues: Cache) -> tuple[Tensor, Cache]:
+        return super().layer_inputs(self.clipped(encoded), queues)
 
 
 def _forget_constraint(model: PlainLSTM, _: object) -> None:

@@ -40,5 +40,5 @@ class StableLSTM(BoundedInputs, LSTM):
         self.clip_embedding()
         stabilize(self.recurrence, method="miller-hardt", input_bound=self.input_bound)
 
-    def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        return super().advance_body(self.clipped(encoded), cache)
+    def layer_inputs(self, encoded: Tensor, queues: Cache) -> tuple[Tensor, Cache]:
+        return super().layer_inputs(self.clipped(encoded), queues)

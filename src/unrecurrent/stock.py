@@ -1,0 +1,35 @@
+"""Whether a recurrent layer does what its weights say, or has had something of one's own put in their place."""
+
+import torch
+from torch import nn
+
+#: what a subclass may define, beside special methods, without changing what a layer computes
+_HARMLESS = {"extra_repr", "reset_parameters"}
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a recurrent layer does what its weights say: torch's or the package's, nothing replaced, no hooks."""
+    if not isinstance(module, nn.RNNBase) and not hasattr(module, "cell_kind"):
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
+    return not (hooked or is_replaced(module))
+
+
+def is_replaced(layer: nn.Module) -> bool:
+    """Whether a recurrent layer has a method, of its class or put on it, of which its weights say nothing."""
+    values = {name: value for name, value in vars(layer).items() if name != "_compiled_call_impl"}
+    patched = any(callable(value) and hasattr(type(layer), name) for name, value in values.items())
+    home = type(layer).forward.__module__
+    known = home == nn.RNNBase.__module__ or home.startswith(f"{__package__}.")
+    return not known or patched or _overridden(type(layer))
+
+
+def _overridden(kind: type) -> bool:
+    """Whether a class from elsewhere puts something of its own in the place of what a layer has."""
+    known = {name for parent in kind.__mro__ if _is_ours(parent) for name in vars(parent)}
+    foreign = {name for parent in kind.__mro__ if not _is_ours(parent) for name in vars(parent)}
+    return bool({name for name in foreign & known if not name.startswith("__") or name == "__call__"} - _HARMLESS)
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in ("torch", __package__, "builtins")
