@@ -382,29 +382,110 @@ def test_removing_ends_it():
     assert constraint.certificate().stable
 
 
-def test_training_resumes_bit_for_bit():
-    torch.manual_seed(0)
+class Reader(nn.Module):
+    """A layer that reads rows of a table, which train with it."""
 
-    def start():
-        module = make("gru", 3, 9)
-        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-        return module, optimizer
+    def __init__(self, kind):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(20, 3), make(kind, 3, 9)
 
-    def run(module, optimizer, steps):
-        torch.manual_seed(1)
-        train(module, optimizer, steps)
+    def forward(self, words):
+        return self.layer(self.embedding(words))
 
-    module, optimizer = start()
-    constraint = stabilize(module, input_bound=1.0, optimizer=optimizer)
-    run(module, optimizer, 20)
-    saved = copy.deepcopy((module.state_dict(), optimizer.state_dict(), constraint.state_dict()))
-    run(module, optimizer, 20)
-    resumed, second = start()
-    resumed.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    stabilize(resumed, input_bound=1.0, optimizer=second).load_state_dict(saved[2])
-    run(resumed, second, 20)
-    assert torch.equal(resumed.weight_hh_l0, module.weight_hh_l0)
+
+SEEN = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+STATED = {
+    "input_bound": lambda model: {"input_bound": 1.0},
+    "inputs": lambda model: {"inputs": SEEN},
+    "embedding": lambda model: {"embedding": model.embedding},
+}
+#: how one layer is constrained: what is made, the method, and whether the gates are tied
+HELD = {
+    "gru": {"kind": "gru"},
+    "lstm": {"kind": "lstm"},
+    "coupled": {"kind": "coupled", "coupled": True},
+    "rnn": {"kind": "rnn"},
+    "miller-hardt": {"kind": "lstm", "method": "miller-hardt"},
+}
+
+
+class Run:
+    """A training that is told to stop and to resume."""
+
+    def __init__(self, held, stated):
+        options = dict(HELD[held])
+        self.model = Reader(options.pop("kind"))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.05)
+        self.options = options | {"rate": 0.9, "optimizer": self.optimizer, **STATED[stated](self.model)}
+
+    def stabilize(self):
+        self.constraint = stabilize(self.model.layer, **self.options)
+        return self
+
+    def train(self, first, last):
+        for step in range(first, last):
+            words = torch.randint(20, (6, 4), generator=torch.Generator().manual_seed(step))
+            self.optimizer.zero_grad()
+            (-(self.model(words)[0] ** 2).mean()).backward()
+            self.optimizer.step()
+            if step == 9:
+                self.constraint.project()
+
+    def saved(self):
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.constraint.state_dict()))
+
+    def load(self, model, optimizer):
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        return self
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("stated", STATED)
+@pytest.mark.parametrize("stabilized_first", [True, False])
+def test_training_resumes_bit_for_bit(held, stated, stabilized_first):
+    run = Run(held, stated).stabilize()
+    run.train(0, 20)
+    *loaded, state = run.saved()
+    run.train(20, 40)
+    resumed = Run(held, stated)
+    resumed = resumed.stabilize().load(*loaded) if stabilized_first else resumed.load(*loaded).stabilize()
+    resumed.constraint.load_state_dict(state)
+    resumed.train(20, 40)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_a_state_loaded_before_its_weights_is_noticed_and_changes_nothing():
+    run = Run("gru", "embedding").stabilize()
+    run.train(0, 5)
+    state = run.saved()[-1]
+    for steps in (0, 1):  # the weights moved since it was made, or did not
+        other = Run("gru", "embedding").stabilize()
+        other.train(0, steps)
+        before = other.saved()
+        with pytest.raises(InputError, match=r"load the module's weights saved at the same time first"):
+            other.constraint.load_state_dict(state)
+        for tensor, kept in zip(other.saved()[0].values(), before[0].values(), strict=True):
+            assert torch.equal(tensor, kept)
+        assert other.constraint.state_dict()["weights"] == before[2]["weights"]
+
+
+@pytest.mark.parametrize("other", [("gru", "input_bound"), ("rnn", "embedding"), ("miller-hardt", "embedding")])
+def test_a_state_of_another_constraint_is_refused(other):
+    state = Run("gru", "embedding").stabilize().saved()[-1]
+    with pytest.raises(InputError, match="state is that of another constraint"):
+        Run(*other).stabilize().constraint.load_state_dict(state)
+
+
+def test_states_saved_before_drives_were_kept_are_loaded():
+    run = Run("gru", "embedding").stabilize()
+    run.train(0, 5)
+    state = run.saved()[-1]
+    fresh = Run("gru", "embedding").stabilize().constraint
+    fresh.load_state_dict({key: state[key] for key in ("steps", "memory")})
+    assert fresh.state_dict()["steps"] == 5
+    assert torch.equal(fresh.state_dict()["memory"][0], state["memory"][0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unrecurrent import kernels
 from unrecurrent.cells import check_module, find_recurrent
 from unrecurrent.certificate import Certificate, certify, certify_in_norms, checked_bound
+from unrecurrent.digests import tensor_digest
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import (
     TANH_1,
@@ -211,6 +212,8 @@ class _TableDrive(_Drive):
 class _Policy(ABC):
     """What is done to one layer: `hold` after each optimizer step, `project` when all is computed afresh."""
 
+    layer: _Layer
+
     @abstractmethod
     def hold(self) -> None: ...
 
@@ -223,6 +226,19 @@ class _Policy(ABC):
     def memory(self) -> Tensor | None:
         """What is remembered from step to step."""
         return None
+
+    def known_drive(self) -> Tensor | None:
+        """How far data or a table drive the layer, as last computed; None where that is computed in every step."""
+        return None
+
+    def take_drive(self, known: Tensor) -> None:
+        """Take up what `known_drive` gave."""
+        raise NotImplementedError
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `hold` depends on more than the weights; where it does not, `project` leaves held weights alone."""
+        return self.memory() is not None or self.known_drive() is not None
 
 
 class _Spectral(_Policy):
@@ -270,8 +286,9 @@ class _MillerHardtLSTM(_Policy):
 
     _rows: kernels.PaperRows | None = None
 
-    def __init__(self, layer: _Layer, input_bound: Callable[[], float]) -> None:
+    def __init__(self, layer: _Layer, input_bound: Callable[[], float], seen: bool = False) -> None:
         self.layer, self.input_bound, self.bound = layer, input_bound, input_bound()
+        self.seen = seen  # the bound is that of data or of a table, which may change
 
     def hold(self) -> None:
         self._keep()
@@ -307,6 +324,12 @@ class _MillerHardtLSTM(_Policy):
         check_finite(*self.layer.weights)
         self.bound = self.input_bound()
         self._keep()
+
+    def known_drive(self) -> Tensor | None:
+        return torch.tensor(self.bound, dtype=torch.float64) if self.seen else None
+
+    def take_drive(self, known: Tensor) -> None:
+        self.bound = float(known)
 
 
 def _limit_bias_(bias_ih: Tensor, bias_hh: Tensor, limit: float) -> None:
@@ -436,6 +459,13 @@ class _Rows(_Policy):
     def memory(self) -> Tensor:
         return self.norm
 
+    def known_drive(self) -> Tensor | None:
+        return self.drive.values if isinstance(self.drive, _TableDrive) else None
+
+    def take_drive(self, known: Tensor) -> None:
+        assert isinstance(self.drive, _TableDrive)
+        self.drive.values = known.to(self.layer.weight_hh.device)
+
 
 class _GRURows(_Rows):
     def _budget_at(self, ceiling: Tensor) -> CappedGate:
@@ -503,10 +533,13 @@ class Constraint:
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self._policies, self._certify, self._steps = policies, certify_now, 0
+        before = [weight.detach().clone() for weight in self._weights()]
         for policy in policies:
             if isinstance(policy, _Rows):
                 policy.adapt(FIRST_FIT)
         self.project()
+        # Until weights move again: what was loaded before this constraint was made can be had back.
+        self._before: list[Tensor] | None = before
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -514,6 +547,7 @@ class Constraint:
 
     def hold(self) -> None:
         """What happens after each optimizer step: keep the recurrent rows in bounds, at the drive ranges last known."""
+        self._before = None
         self._steps += 1
         for policy in self._policies:
             if self._steps % ADAPT_EVERY == 0:
@@ -522,6 +556,7 @@ class Constraint:
 
     def project(self) -> None:
         """Move the weights to nearby ones at which the constraint holds, drive ranges and norms computed afresh."""
+        self._before = None
         for policy in self._policies:
             policy.project()
 
@@ -531,23 +566,76 @@ class Constraint:
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered from step to step, for a training run that is to resume bit for bit."""
-        return {"steps": self._steps, "memory": [policy.memory() for policy in self._policies]}
+        return {
+            "steps": self._steps,
+            "memory": [policy.memory() for policy in self._policies],
+            "drives": [policy.known_drive() for policy in self._policies],
+            "weights": _digest(self._weights()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Take up what `state_dict` gave; the module's weights are loaded before it.
+
+        It does not matter whether `stabilize` was called before or after they were: what that moved is put back.
+
+        Raises:
+            InputError: a state of another constraint, or weights that are not those it was saved with.
+        """
+        kept = state["memory"]
+        # States saved before these were kept go on with the ranges and the weights as they are now.
+        drives = state.get("drives", [policy.known_drive() for policy in self._policies])
+        self._check_state(kept, drives)
+        if "weights" in state:
+            self._find_weights(state["weights"])
         self._steps = int(state["steps"])
-        for policy, kept in zip(self._policies, state["memory"], strict=True):
-            memory = policy.memory()
-            if memory is not None:
-                if isinstance(policy, _Rows):
-                    check_norm(kept, "memory")
-                memory.copy_(kept)
+        for policy, memory, drive in zip(self._policies, kept, drives, strict=True):
+            own = policy.memory()
+            if own is not None:
+                own.copy_(memory)
+            if drive is not None:
+                policy.take_drive(drive)
+
+    def _check_state(self, kept: Sequence[Tensor | None], drives: Sequence[Tensor | None]) -> None:
+        own = [policy.memory() for policy in self._policies], [policy.known_drive() for policy in self._policies]
+        if any(_shapes(mine) != _shapes(theirs) for mine, theirs in zip(own, (kept, drives), strict=True)):
+            raise InputError(
+                "this state is that of another constraint: call stabilize on a module like the one it was saved with, "
+                "and with the same method and kind of inputs"
+            )
+        for policy, memory in zip(self._policies, kept, strict=True):
+            if isinstance(policy, _Rows) and memory is not None:
+                check_norm(memory, "memory")
+
+    def _weights(self) -> list[Tensor]:
+        """The weights that are held at what is remembered."""
+        return [weight for policy in self._policies if policy.remembers for weight in policy.layer.weights]
+
+    @torch.no_grad()
+    def _find_weights(self, digest: str) -> None:
+        """See to it that the weights are those of this digest: as they are, or as they were before `stabilize`."""
+        if _digest(self._weights()) == digest:
+            return
+        if self._before is None or _digest(self._before) != digest:
+            raise InputError(
+                "the weights are not those this state was saved with: load the module's weights saved at the same time "
+                "first, then this state, and train after that"
+            )
+        for weight, before in zip(self._weights(), self._before, strict=True):
+            weight.copy_(before)
 
     def remove(self) -> None:
         """Stop projecting after optimizer steps; the weights stay as they are."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _digest(weights: Sequence[Tensor]) -> str:
+    return tensor_digest((str(number), weight) for number, weight in enumerate(weights))
+
+
+def _shapes(tensors: Sequence[Tensor | None]) -> list[torch.Size | None]:
+    return [None if tensor is None else tensor.shape for tensor in tensors]
 
 
 def _norms(policies: Sequence[_Policy]) -> list[Tensor | None]:
@@ -618,8 +706,10 @@ def stabilize(
     built: dict[nn.Module, list[_Policy]] = {}
     for recurrent in found:
         drive = _input_drive(table, input_bound)
-        paper = method == METHODS[1]
-        built[recurrent] = _miller_hardt(recurrent, bound) if paper else _certified(recurrent, rate, drive, coupled)
+        if method == METHODS[1]:
+            built[recurrent] = _miller_hardt(recurrent, bound, seen=table() is not None)
+        else:
+            built[recurrent] = _certified(recurrent, rate, drive, coupled)
     policies = [policy for own in built.values() for policy in own]
 
     def certify_now() -> Certificate:
@@ -687,7 +777,7 @@ def _bound_between(module: nn.Module, hidden_bound: float) -> float:
     return hidden_bound / (1 - dropout) if dropout < 1 else hidden_bound
 
 
-def _miller_hardt(module: nn.Module, bound: Callable[[], float]) -> list[_Policy]:
+def _miller_hardt(module: nn.Module, bound: Callable[[], float], seen: bool) -> list[_Policy]:
     if isinstance(module, nn.RNN | nn.RNNCell):
         return [_Spectral(layer, 1 - PAPER_SPECTRAL_MARGIN) for layer in _layers(module)]
     if not isinstance(module, nn.LSTM | nn.LSTMCell):
@@ -695,9 +785,8 @@ def _miller_hardt(module: nn.Module, bound: Callable[[], float]) -> list[_Policy
             f"the conditions of Miller and Hardt are about RNN and LSTM, not {type(module).__name__}: use 'certified'"
         )
     between = _bound_between(module, 1.0)
-    return [
-        _MillerHardtLSTM(layer, (lambda: between) if number else bound) for number, layer in enumerate(_layers(module))
-    ]
+    first, *above = _layers(module)
+    return [_MillerHardtLSTM(first, bound, seen), *(_MillerHardtLSTM(layer, lambda: between) for layer in above)]
 
 
 def _certified(module: nn.Module, rate: float, drive: Callable[[], _Drive] | None, coupled: bool) -> list[_Policy]:
