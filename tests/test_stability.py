@@ -3,13 +3,15 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from unrecurrent import kernels
 from unrecurrent.certificate import certify
-from unrecurrent.errors import InputError
+from unrecurrent.errors import Diverged, InputError
 from unrecurrent.feasible import (
     CoupledLSTMGates,
     GRUGates,
@@ -322,6 +324,26 @@ def test_rate_holds_over_data_and_tables_once_projected(kind, stated):
         assert constraint.certificate().rate <= 0.9
 
 
+def test_rows_count_as_they_are_looked_up():
+    embedding, gru = nn.Embedding(20, 2, max_norm=0.5), nn.GRU(2, 4)
+    with torch.no_grad():  # all rows are long and drive z down, and short ones would leave it near 1
+        embedding.weight.copy_(torch.rand(20, 2) + 5.5)
+        gru.weight_ih_l0.copy_(-4 * gru.weight_ih_l0.abs())
+        gru.bias_ih_l0 += 8
+    assert stabilize(gru, embedding=embedding, rate=0.9).certificate().rate <= 0.9
+
+
+def test_tables_and_packed_sequences_are_taken_as_certify_takes_them():
+    table = torch.randn(20, 3)
+    one, two, three = (copy.deepcopy(gru) for _ in range(3))
+    stabilize(one, embedding=nn.Embedding.from_pretrained(table))
+    stabilize(two, embedding=table)
+    stabilize(three, inputs=pack_sequence([table[:12], table[12:]]))
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], tensor)
+        assert torch.equal(three.state_dict()[name], tensor)
+
+
 @pytest.mark.parametrize("kind", ["rnn", "gru", "lstm", "coupled"])
 def test_layers_without_bias_and_single_cells(kind):
     torch.manual_seed(0)
@@ -587,6 +609,17 @@ WRONG = [
     (nn.Linear(3, 5), {}, "no recurrent layer"),
     (StableLSTM(3, 5), {}, "keeps itself stable"),
     (nn.Sequential(gru), {"inputs": torch.zeros(2, 3)}, "belong to one recurrent layer"),
+    (gru, {"inputs": torch.full((2, 3), float("nan"))}, "inputs holds NaN or infinite values"),
+    (gru, {"inputs": torch.zeros(2, 7)}, r"inputs has shape \(2, 7\), but the layer reads 3 features"),
+    (rnn, {"inputs": torch.zeros(2, 7)}, "the layer reads 3 features"),
+    (gru, {"inputs": torch.zeros(0, 3)}, "inputs is empty"),
+    (gru, {"inputs": torch.zeros(2, 3, dtype=torch.int64)}, "must hold floating-point vectors"),
+    (gru, {"inputs": np.zeros((2, 3))}, "inputs must be a tensor .*, got ndarray"),
+    (lstm, {"inputs": torch.full((2, 3), float("nan")), "method": "miller-hardt"}, "inputs holds NaN"),
+    (gru, {"embedding": nn.Embedding(5, 7)}, "the embedding has shape"),
+    (gru, {"embedding": torch.full((5, 3), float("inf"))}, "the embedding holds NaN or infinite values"),
+    (gru, {"embedding": np.zeros((5, 3))}, "embedding must be an nn.Embedding or a table"),
+    (gru, {"input_bound": 1.0, "optimizer": "adam"}, "optimizer must be one of torch.optim, already made, got str"),
     (nn.LSTM(3, 5, bias=False), {"inputs": 9 * torch.randn(20, 3)}, "without biases"),
     (nn.LSTM(3, 5, bias=False), {"input_bound": 1.0, "rate": 0.1}, "without biases"),
     (rnn, {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])}, "trains no parameter of the module"),
@@ -598,6 +631,18 @@ def test_bad_input_gets_one_clear_sentence(module, options, message):
     with pytest.raises(InputError, match=message) as error:
         stabilize(module, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["certified", "miller-hardt"])
+def test_a_table_that_diverged_is_told_from_a_bad_one(method):
+    embedding, layer = nn.Embedding(5, 3), nn.LSTM(3, 5)
+    constraint = stabilize(layer, embedding=embedding, method=method)
+    with torch.no_grad():
+        embedding.weight[2] = float("nan")
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(Diverged, match="lower the learning rate"):
+        constraint.project()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
 def test_bad_layers_are_refused():

@@ -816,8 +816,8 @@ def _allowed(layer: nn.Module, inputs: Any, input_bound: float | None, embedding
         sentence = f"inputs with every component between {-bound:g} and {bound:g} when they reach the layer"
         return _Allowed(BoxInput.bounded(bound, width), sentence)
     if embedding is not None:
-        table = _table(embedding)
-        _check_points(table, width, "the embedding")
+        table = embedding_table(embedding)
+        check_points(table, width, "the embedding")
         return _Allowed(PointInput(table), f"sequences of the {len(table):,} rows of the embedding table")
     return _Allowed(AnyInput(), "all inputs")
 
@@ -831,11 +831,7 @@ def checked_bound(input_bound: Any) -> float:
 
 
 def _data(layer: nn.Module, inputs: Any) -> _Allowed:
-    if isinstance(inputs, PackedSequence):
-        inputs = inputs.data
-    if not isinstance(inputs, Tensor):
-        raise InputError(f"inputs must be a tensor (steps, batch, features), got {type(inputs).__name__}")
-    _check_points(inputs, int(layer.input_size), "inputs")  # type: ignore[arg-type]
+    inputs = input_points(inputs, int(layer.input_size))  # type: ignore[arg-type]
     if inputs.dim() == 3:
         batch, steps = inputs.shape[:2] if getattr(layer, "batch_first", False) else inputs.shape[1::-1]
         amount = f"{batch:,} sequence(s) of {steps:,} step(s)"
@@ -845,7 +841,17 @@ def _data(layer: nn.Module, inputs: Any) -> _Allowed:
     return _Allowed(PointInput(inputs), sentence)
 
 
-def _check_points(points: Tensor, width: int, label: str) -> None:
+def input_points(inputs: Any, width: int) -> Tensor:
+    """Data for a layer that reads `width` features, as a tensor (..., width), or `InputError`."""
+    points = inputs.data if isinstance(inputs, PackedSequence) else inputs
+    if not isinstance(points, Tensor):
+        raise InputError(f"inputs must be a tensor (steps, batch, features), got {type(inputs).__name__}")
+    check_points(points, width, "inputs")
+    return points
+
+
+def check_points(points: Tensor, width: int, label: str) -> None:
+    """Raise `InputError` unless these are finite vectors of `width` numbers."""
     if not points.is_floating_point():
         raise InputError(f"{label} must hold floating-point vectors, got {points.dtype}: embed the tokens first")
     if points.dim() == 0 or points.shape[-1] != width:
@@ -856,7 +862,8 @@ def _check_points(points: Tensor, width: int, label: str) -> None:
         raise InputError(f"{label} holds NaN or infinite values: remove them first")
 
 
-def _table(embedding: nn.Embedding | Tensor) -> Tensor:
+def embedding_table(embedding: Any) -> Tensor:
+    """The rows of an `nn.Embedding` as they are looked up, or a table (V, D) itself."""
     if isinstance(embedding, Tensor):
         return embedding
     if not isinstance(embedding, nn.Embedding):

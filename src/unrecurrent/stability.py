@@ -7,10 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from unrecurrent import kernels
 from unrecurrent.cells import check_module, find_recurrent
-from unrecurrent.certificate import Certificate, certify, certify_in_norms, checked_bound
+from unrecurrent.certificate import (
+    Certificate,
+    certify,
+    certify_in_norms,
+    check_points,
+    checked_bound,
+    embedding_table,
+    input_points,
+)
 from unrecurrent.digests import tensor_digest
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import (
@@ -648,9 +657,9 @@ def stabilize(
     *,
     rate: float = 0.98,
     method: str = "certified",
-    inputs: Tensor | None = None,
+    inputs: Tensor | PackedSequence | None = None,
     input_bound: float | None = None,
-    embedding: nn.Embedding | None = None,
+    embedding: nn.Embedding | Tensor | None = None,
     coupled: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Constraint:
@@ -671,14 +680,14 @@ def stabilize(
             |b_f| ≤ 0.25, with B_x the bound on the inputs (default: the paper's 0.75). `rate` does not apply to it.
         inputs: data `(..., D)` as the layer reads it; the statement then covers inputs that drive it no further.
         input_bound: covers all inputs with ‖x_t‖_∞ ≤ input_bound as they reach the layer, after any dropout.
-        embedding: covers all sequences of the rows of an `nn.Embedding`.
+        embedding: covers all sequences of the rows of an `nn.Embedding`, or of a table (V, D).
         coupled: tie the input gate of an `nn.LSTM` to its forget gate, i = 1 − f, and keep it so. It allows far more.
         optimizer: the one that trains the module. Without it, call `.hold()` or `.project()` after each step.
 
     Raises:
         InputError: a rate outside (0, 1), an unknown method, no statement about the inputs where the cell needs one,
-            bidirectional or projected layers, NaN weights, layers that keep themselves stable, or an optimizer that
-            does not train the module.
+            inputs or an embedding of another width or with NaN, bidirectional or projected layers, NaN weights, layers
+            that keep themselves stable, or an optimizer that does not train the module.
 
     >>> lstm = nn.LSTM(3, 5)
     >>> optimizer = torch.optim.Adam(lstm.parameters())
@@ -693,30 +702,30 @@ def stabilize(
     if module not in found and (inputs is not None or embedding is not None):
         raise InputError("inputs and embedding belong to one recurrent layer: give that layer instead of the model")
 
-    def table() -> Tensor | None:
-        points = embedding.weight if embedding is not None else inputs
-        return None if points is None else points.detach().reshape(-1, points.shape[-1])
+    points = None if inputs is None else input_points(inputs, _width(module))
+    if embedding is not None:
+        check_points(embedding_table(embedding), _width(module), "the embedding")
+    table = _table(embedding if points is None else points)
 
     def bound() -> float:
-        points = table()
-        if points is not None:
-            return float(points.abs().max())
+        if table is not None:
+            return float(table().abs().max())
         return PAPER_INPUT_BOUND if input_bound is None else float(input_bound)
 
     built: dict[nn.Module, list[_Policy]] = {}
     for recurrent in found:
         drive = _input_drive(table, input_bound)
         if method == METHODS[1]:
-            built[recurrent] = _miller_hardt(recurrent, bound, seen=table() is not None)
+            built[recurrent] = _miller_hardt(recurrent, bound, seen=table is not None)
         else:
             built[recurrent] = _certified(recurrent, rate, drive, coupled)
     policies = [policy for own in built.values() for policy in own]
 
     def certify_now() -> Certificate:
-        stated: dict[str, Any] = {"inputs": inputs, "embedding": embedding, "input_bound": input_bound}
+        stated: dict[str, Any] = {"inputs": points, "embedding": embedding, "input_bound": input_bound}
         if method != METHODS[1]:
             return certify_in_norms(module, {layer: _norms(own) for layer, own in built.items()}, **stated)
-        if inputs is None and embedding is None:
+        if table is None:
             stated["input_bound"] = bound()
         return certify(module, **stated, method=method)
 
@@ -743,23 +752,37 @@ def _check(
     if coupled and (method == METHODS[1] or not any(isinstance(m, nn.LSTM | nn.LSTMCell) for m in module.modules())):
         raise InputError("coupled=True ties the gates of an nn.LSTM, with method='certified': leave it out here")
     if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InputError(f"optimizer must be one of torch.optim, already made, got {type(optimizer).__name__}")
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in trained for p in module.parameters()):
             raise InputError("the optimizer trains no parameter of the module: give the one that does")
 
 
-def _input_drive(table: Callable[[], Tensor | None], input_bound: float | None) -> Callable[[], _Drive] | None:
+def _width(layer: nn.Module) -> int:
+    return int(layer.input_size)  # type: ignore[arg-type]
+
+
+def _table(given: nn.Embedding | Tensor | None) -> Callable[[], Tensor] | None:
+    """The rows `(N, D)` that inputs are taken from, as they are when asked for; None if there are none."""
+    if given is None:
+        return None
+
+    def rows() -> Tensor:
+        found = embedding_table(given).detach()
+        check_finite(found)
+        return found.reshape(-1, found.shape[-1])
+
+    return rows
+
+
+def _input_drive(table: Callable[[], Tensor] | None, input_bound: float | None) -> Callable[[], _Drive] | None:
     """How inputs can drive the first layer, one object a gate; None if nothing was said about them."""
-    if table() is not None:
-        return lambda: _TableDrive(lambda: _given(table()))
+    if table is not None:
+        return lambda: _TableDrive(table)
     if input_bound is not None:
         return lambda: _BoxDrive(float(input_bound))
     return None
-
-
-def _given(table: Tensor | None) -> Tensor:
-    assert table is not None
-    return table
 
 
 def _layers(module: nn.Module) -> list[_Layer]:
