@@ -645,6 +645,15 @@ def test_a_table_that_diverged_is_told_from_a_bad_one(method):
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("rate", [np.float32(0.9), np.float64(0.9), torch.tensor(0.9)])
+def test_a_rate_may_be_any_number(rate):
+    assert stabilize(nn.RNN(3, 5), rate=rate).certificate().rate <= 0.9
+    for kind in (StableRNN, StableGRU, StableLSTM):
+        layer = kind(3, 5, rate=rate)
+        assert type(layer.rate) is float
+        assert layer.rate == pytest.approx(0.9)
+
+
 def test_bad_layers_are_refused():
     with pytest.raises(InputError, match="forward in time only"):
         StableRNN(3, 5, bidirectional=True)

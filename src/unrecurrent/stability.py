@@ -47,7 +47,7 @@ from unrecurrent.projections import (
     weighted_row_sums,
     write_back_,
 )
-from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_norm, check_rate, target
+from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_norm, checked_rate, target
 from unrecurrent.stable_lstm import StableLSTM
 
 __all__ = ["Constraint", "StableGRU", "StableLSTM", "StableRNN", "stabilize"]
@@ -695,7 +695,8 @@ def stabilize(
     >>> constraint.certificate().rate <= 0.9
     True
     """
-    _check(module, rate, method, (inputs, input_bound, embedding), coupled, optimizer)
+    rate = checked_rate(rate)
+    _check(module, method, (inputs, input_bound, embedding), coupled, optimizer)
     found = [layer for _, layer in find_recurrent(module) if not isinstance(layer, SelfKeeping)]
     if not found:
         raise InputError(f"{type(module).__name__} keeps itself stable: give its rate when you make it")
@@ -734,14 +735,12 @@ def stabilize(
 
 def _check(
     module: nn.Module,
-    rate: float,
     method: str,
     stated: tuple[Any, ...],
     coupled: bool,
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
     check_module(module)
-    check_rate(rate)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if sum(given is not None for given in stated) > 1:
@@ -838,11 +837,11 @@ class _SelfKeepingLayer(SelfKeeping):
     bidirectional: bool
 
     def __init__(self, *args: Any, rate: float, **kwargs: Any) -> None:
-        check_rate(rate)
+        rate = checked_rate(rate)
         super().__init__(*args, **kwargs)
         if self.bidirectional:
             raise InputError(f"{type(self).__name__} runs forward in time only: leave out bidirectional")
-        self.rate = float(rate)
+        self.rate = rate
         self._kept_exactly = True
         for k, policy in enumerate(self._policies()):
             if isinstance(policy, _Rows):
