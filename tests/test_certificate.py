@@ -602,6 +602,19 @@ def test_bad_arguments_get_one_sentence(arguments: dict, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_certificates_say_what_they_cannot_be_asked_about() -> None:
+    certificate = certify(nn.GRU(D, 4), input_bound=1.0)
+    for wrong, words in ((torch.zeros(5, 2, D + 1), "reads 3 features"), (numpy.zeros((5, 2, D)), "must be a tensor")):
+        with pytest.raises(InputError, match=words):
+            certificate.holds_for(wrong)
+    for ask in (certificate.propagate, certificate.hidden):
+        for wrong in (torch.ones(3), torch.tensor(1.0), [1.0] * 4):
+            with pytest.raises(InputError, match=r"e must be a tensor \(\.\.\., 4\)"):
+                ask(wrong)
+    whole = certificate.propagate(torch.ones(2, 4, dtype=torch.float64))
+    assert torch.equal(certificate.propagate(torch.ones(2, 4)), whole)
+
+
 @pytest.mark.parametrize("eps", [0.0, -1.0, math.nan, math.inf, "small", True, None])
 def test_eps_must_be_a_positive_number(eps: object) -> None:
     with pytest.raises(InputError, match="eps"):

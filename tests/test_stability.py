@@ -3,13 +3,15 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from unrecurrent import kernels
 from unrecurrent.certificate import certify
-from unrecurrent.errors import InputError
+from unrecurrent.errors import Diverged, InputError
 from unrecurrent.feasible import (
     CoupledLSTMGates,
     GRUGates,
@@ -322,6 +324,26 @@ def test_rate_holds_over_data_and_tables_once_projected(kind, stated):
         assert constraint.certificate().rate <= 0.9
 
 
+def test_rows_count_as_they_are_looked_up():
+    embedding, gru = nn.Embedding(20, 2, max_norm=0.5), nn.GRU(2, 4)
+    with torch.no_grad():  # all rows are long and drive z down, and short ones would leave it near 1
+        embedding.weight.copy_(torch.rand(20, 2) + 5.5)
+        gru.weight_ih_l0.copy_(-4 * gru.weight_ih_l0.abs())
+        gru.bias_ih_l0 += 8
+    assert stabilize(gru, embedding=embedding, rate=0.9).certificate().rate <= 0.9
+
+
+def test_tables_and_packed_sequences_are_taken_as_certify_takes_them():
+    table = torch.randn(20, 3)
+    one, two, three = (copy.deepcopy(gru) for _ in range(3))
+    stabilize(one, embedding=nn.Embedding.from_pretrained(table))
+    stabilize(two, embedding=table)
+    stabilize(three, inputs=pack_sequence([table[:12], table[12:]]))
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], tensor)
+        assert torch.equal(three.state_dict()[name], tensor)
+
+
 @pytest.mark.parametrize("kind", ["rnn", "gru", "lstm", "coupled"])
 def test_layers_without_bias_and_single_cells(kind):
     torch.manual_seed(0)
@@ -382,29 +404,110 @@ def test_removing_ends_it():
     assert constraint.certificate().stable
 
 
-def test_training_resumes_bit_for_bit():
-    torch.manual_seed(0)
+class Reader(nn.Module):
+    """A layer that reads rows of a table, which train with it."""
 
-    def start():
-        module = make("gru", 3, 9)
-        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-        return module, optimizer
+    def __init__(self, kind):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(20, 3), make(kind, 3, 9)
 
-    def run(module, optimizer, steps):
-        torch.manual_seed(1)
-        train(module, optimizer, steps)
+    def forward(self, words):
+        return self.layer(self.embedding(words))
 
-    module, optimizer = start()
-    constraint = stabilize(module, input_bound=1.0, optimizer=optimizer)
-    run(module, optimizer, 20)
-    saved = copy.deepcopy((module.state_dict(), optimizer.state_dict(), constraint.state_dict()))
-    run(module, optimizer, 20)
-    resumed, second = start()
-    resumed.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    stabilize(resumed, input_bound=1.0, optimizer=second).load_state_dict(saved[2])
-    run(resumed, second, 20)
-    assert torch.equal(resumed.weight_hh_l0, module.weight_hh_l0)
+
+SEEN = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+STATED = {
+    "input_bound": lambda model: {"input_bound": 1.0},
+    "inputs": lambda model: {"inputs": SEEN},
+    "embedding": lambda model: {"embedding": model.embedding},
+}
+#: how one layer is constrained: what is made, the method, and whether the gates are tied
+HELD = {
+    "gru": {"kind": "gru"},
+    "lstm": {"kind": "lstm"},
+    "coupled": {"kind": "coupled", "coupled": True},
+    "rnn": {"kind": "rnn"},
+    "miller-hardt": {"kind": "lstm", "method": "miller-hardt"},
+}
+
+
+class Run:
+    """A training that is told to stop and to resume."""
+
+    def __init__(self, held, stated):
+        options = dict(HELD[held])
+        self.model = Reader(options.pop("kind"))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.05)
+        self.options = options | {"rate": 0.9, "optimizer": self.optimizer, **STATED[stated](self.model)}
+
+    def stabilize(self):
+        self.constraint = stabilize(self.model.layer, **self.options)
+        return self
+
+    def train(self, first, last):
+        for step in range(first, last):
+            words = torch.randint(20, (6, 4), generator=torch.Generator().manual_seed(step))
+            self.optimizer.zero_grad()
+            (-(self.model(words)[0] ** 2).mean()).backward()
+            self.optimizer.step()
+            if step == 9:
+                self.constraint.project()
+
+    def saved(self):
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.constraint.state_dict()))
+
+    def load(self, model, optimizer):
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        return self
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("stated", STATED)
+@pytest.mark.parametrize("stabilized_first", [True, False])
+def test_training_resumes_bit_for_bit(held, stated, stabilized_first):
+    run = Run(held, stated).stabilize()
+    run.train(0, 20)
+    *loaded, state = run.saved()
+    run.train(20, 40)
+    resumed = Run(held, stated)
+    resumed = resumed.stabilize().load(*loaded) if stabilized_first else resumed.load(*loaded).stabilize()
+    resumed.constraint.load_state_dict(state)
+    resumed.train(20, 40)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_a_state_loaded_before_its_weights_is_noticed_and_changes_nothing():
+    run = Run("gru", "embedding").stabilize()
+    run.train(0, 5)
+    state = run.saved()[-1]
+    for steps in (0, 1):  # the weights moved since it was made, or did not
+        other = Run("gru", "embedding").stabilize()
+        other.train(0, steps)
+        before = other.saved()
+        with pytest.raises(InputError, match=r"load the module's weights saved at the same time first"):
+            other.constraint.load_state_dict(state)
+        for tensor, kept in zip(other.saved()[0].values(), before[0].values(), strict=True):
+            assert torch.equal(tensor, kept)
+        assert other.constraint.state_dict()["weights"] == before[2]["weights"]
+
+
+@pytest.mark.parametrize("other", [("gru", "input_bound"), ("rnn", "embedding"), ("miller-hardt", "embedding")])
+def test_a_state_of_another_constraint_is_refused(other):
+    state = Run("gru", "embedding").stabilize().saved()[-1]
+    with pytest.raises(InputError, match="state is that of another constraint"):
+        Run(*other).stabilize().constraint.load_state_dict(state)
+
+
+def test_states_saved_before_drives_were_kept_are_loaded():
+    run = Run("gru", "embedding").stabilize()
+    run.train(0, 5)
+    state = run.saved()[-1]
+    fresh = Run("gru", "embedding").stabilize().constraint
+    fresh.load_state_dict({key: state[key] for key in ("steps", "memory")})
+    assert fresh.state_dict()["steps"] == 5
+    assert torch.equal(fresh.state_dict()["memory"][0], state["memory"][0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -506,6 +609,17 @@ WRONG = [
     (nn.Linear(3, 5), {}, "no recurrent layer"),
     (StableLSTM(3, 5), {}, "keeps itself stable"),
     (nn.Sequential(gru), {"inputs": torch.zeros(2, 3)}, "belong to one recurrent layer"),
+    (gru, {"inputs": torch.full((2, 3), float("nan"))}, "inputs holds NaN or infinite values"),
+    (gru, {"inputs": torch.zeros(2, 7)}, r"inputs has shape \(2, 7\), but the layer reads 3 features"),
+    (rnn, {"inputs": torch.zeros(2, 7)}, "the layer reads 3 features"),
+    (gru, {"inputs": torch.zeros(0, 3)}, "inputs is empty"),
+    (gru, {"inputs": torch.zeros(2, 3, dtype=torch.int64)}, "must hold floating-point vectors"),
+    (gru, {"inputs": np.zeros((2, 3))}, "inputs must be a tensor .*, got ndarray"),
+    (lstm, {"inputs": torch.full((2, 3), float("nan")), "method": "miller-hardt"}, "inputs holds NaN"),
+    (gru, {"embedding": nn.Embedding(5, 7)}, "the embedding has shape"),
+    (gru, {"embedding": torch.full((5, 3), float("inf"))}, "the embedding holds NaN or infinite values"),
+    (gru, {"embedding": np.zeros((5, 3))}, "embedding must be an nn.Embedding or a table"),
+    (gru, {"input_bound": 1.0, "optimizer": "adam"}, "optimizer must be one of torch.optim, already made, got str"),
     (nn.LSTM(3, 5, bias=False), {"inputs": 9 * torch.randn(20, 3)}, "without biases"),
     (nn.LSTM(3, 5, bias=False), {"input_bound": 1.0, "rate": 0.1}, "without biases"),
     (rnn, {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])}, "trains no parameter of the module"),
@@ -517,6 +631,27 @@ def test_bad_input_gets_one_clear_sentence(module, options, message):
     with pytest.raises(InputError, match=message) as error:
         stabilize(module, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["certified", "miller-hardt"])
+def test_a_table_that_diverged_is_told_from_a_bad_one(method):
+    embedding, layer = nn.Embedding(5, 3), nn.LSTM(3, 5)
+    constraint = stabilize(layer, embedding=embedding, method=method)
+    with torch.no_grad():
+        embedding.weight[2] = float("nan")
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(Diverged, match="lower the learning rate"):
+        constraint.project()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.9), np.float64(0.9), torch.tensor(0.9)])
+def test_a_rate_may_be_any_number(rate):
+    assert stabilize(nn.RNN(3, 5), rate=rate).certificate().rate <= 0.9
+    for kind in (StableRNN, StableGRU, StableLSTM):
+        layer = kind(3, 5, rate=rate)
+        assert type(layer.rate) is float
+        assert layer.rate == pytest.approx(0.9)
 
 
 def test_bad_layers_are_refused():

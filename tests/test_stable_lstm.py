@@ -422,10 +422,34 @@ def test_states_of_the_wrong_shape_are_refused():
         StableLSTM(3, 5)(torch.zeros(6, 4, 3), (torch.zeros(1, 4, 6), torch.zeros(1, 4, 5)))
 
 
-@pytest.mark.parametrize("arguments", [{"hidden_size": 0}, {"num_layers": 0}, {"dropout": 1.5}])
+SIZES = [{"hidden_size": 0}, {"num_layers": 0}, {"input_size": 2.0}, {"num_layers": True}]
+
+
+@pytest.mark.parametrize("arguments", [*SIZES, {"dropout": 1.5}, {"dropout": "0.5"}])
 def test_impossible_sizes_are_refused(arguments):
     with pytest.raises(InputError, match="must be"):
         StableLSTM(**{"input_size": 3, "hidden_size": 5, **arguments})
+
+
+@pytest.mark.parametrize(("name", "value"), [("bidirectional", True), ("proj_size", 2)])
+def test_what_nn_lstm_has_beyond_it_is_refused_in_a_sentence(name, value):
+    with pytest.raises(InputError, match=f"leave out {name}"):
+        StableLSTM(3, 5, **{name: value})
+    assert StableLSTM(3, 5, bidirectional=False, proj_size=0).rate == 0.98
+
+
+def test_inputs_and_states_of_another_kind_or_dtype_are_refused():
+    layer, x, state = StableLSTM(3, 5), torch.zeros(6, 4, 3), (torch.zeros(1, 4, 5), torch.zeros(1, 4, 5))
+    for wrong in (x.double(), x.long(), pack_padded_sequence(x.double(), [6, 5, 5, 1])):
+        with pytest.raises(InputError, match=r"input is torch\..*, but the layer's weights are torch.float32"):
+            layer(wrong)
+    with pytest.raises(InputError, match="not list"):
+        layer([[0.0, 1.0, 2.0]])
+    with pytest.raises(InputError, match=r"c0 is torch\.float64"):
+        layer(x, (state[0], state[1].double()))
+    for wrong in (state[0], (state[0],), "zeros"):
+        with pytest.raises(InputError, match="pair of tensors"):
+            layer(x, wrong)
 
 
 @pytest.mark.cuda

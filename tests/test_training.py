@@ -87,7 +87,13 @@ run.run(lambda state: (print(state["fraction"], flush=True), time.sleep(0.01)))
 
 @pytest.mark.parametrize(
     ("kind", "model"),
-    [("music", "certified-rnn"), ("music", "certified-lstm"), ("stream", "gru"), ("stream", "stable-lstm")],
+    [
+        ("music", "certified-rnn"),
+        ("music", "certified-lstm"),
+        ("stream", "gru"),
+        ("stream", "stable-lstm"),
+        ("stream", "certified-lstm-plain"),
+    ],
 )
 def test_killed_training_resumes_to_the_same_weights(tmp_path, kind, model):
     here = str(Path(__file__).parent)

@@ -493,7 +493,7 @@ class Certificate:
 
         Both states must lie within the invariant bounds and read the same inputs.
         """
-        sizes, bounds = self._cell().sizes, []
+        e, sizes, bounds = self._errors(e), self._cell().sizes, []
         for proof in self.proofs:
             packed = proof.pack(e, sizes)
             for _ in range(steps):
@@ -503,7 +503,7 @@ class Certificate:
 
     def hidden(self, e: Tensor) -> Tensor:
         """The part of an error vector (..., state_size) that bounds the last layer's output h (..., H)."""
-        return self._cell().hidden(e)
+        return self._cell().hidden(self._errors(e))
 
     @property
     def invariant(self) -> Tensor:
@@ -536,6 +536,9 @@ class Certificate:
         first = cell.cells[0]
         if not isinstance(first, DenseCell):
             raise InputError("a cell of your own states its inputs itself: holds_for knows only torch's modules")
+        if not isinstance(x, Tensor):
+            raise InputError(f"x must be a tensor (steps, batch, features), got {type(x).__name__}")
+        _check_width(x, first.weight_ih.shape[1], "x")
         within = first.allows(x) and bool((x.detach().abs() <= self.input_bound).all())
         if h0 is None or not within:
             return within
@@ -566,6 +569,13 @@ class Certificate:
         lines += [f"  holds for {sentence}" for sentence in self.assumptions]
         lines += [f"  {layer.name or f'layer {n}'}: {_summary(layer)}" for n, layer in enumerate(self.layers)]
         return "\n".join(lines)
+
+    def _errors(self, e: Tensor) -> Tensor:
+        size = self._cell().state_size
+        if not isinstance(e, Tensor) or e.dim() == 0 or e.shape[-1] != size:
+            got = tuple(e.shape) if isinstance(e, Tensor) else type(e).__name__
+            raise InputError(f"e must be a tensor (..., {size}), a bound for each component of the state, got {got}")
+        return e.double()
 
     def _cell(self) -> StackedCell:
         if self.cell is None:
@@ -816,7 +826,7 @@ def _allowed(layer: nn.Module, inputs: Any, input_bound: float | None, embedding
         sentence = f"inputs with every component between {-bound:g} and {bound:g} when they reach the layer"
         return _Allowed(BoxInput.bounded(bound, width), sentence)
     if embedding is not None:
-        table = _table(embedding)
+        table = embedding_table(embedding)
         check_points(table, width, "the embedding")
         return _Allowed(PointInput(table), f"sequences of the {len(table):,} rows of the embedding table")
     return _Allowed(AnyInput(), "all inputs")
@@ -831,11 +841,7 @@ def checked_bound(input_bound: Any) -> float:
 
 
 def _data(layer: nn.Module, inputs: Any) -> _Allowed:
-    if isinstance(inputs, PackedSequence):
-        inputs = inputs.data
-    if not isinstance(inputs, Tensor):
-        raise InputError(f"inputs must be a tensor (steps, batch, features), got {type(inputs).__name__}")
-    check_points(inputs, int(layer.input_size), "inputs")  # type: ignore[arg-type]
+    inputs = input_points(inputs, int(layer.input_size))  # type: ignore[arg-type]
     if inputs.dim() == 3:
         batch, steps = inputs.shape[:2] if getattr(layer, "batch_first", False) else inputs.shape[1::-1]
         amount = f"{batch:,} sequence(s) of {steps:,} step(s)"
@@ -845,19 +851,34 @@ def _data(layer: nn.Module, inputs: Any) -> _Allowed:
     return _Allowed(PointInput(inputs), sentence)
 
 
+def input_points(inputs: Any, width: int) -> Tensor:
+    """Data for a layer that reads `width` features, as a tensor (..., width), or `InputError`."""
+    points = inputs.data if isinstance(inputs, PackedSequence) else inputs
+    if not isinstance(points, Tensor):
+        raise InputError(f"inputs must be a tensor (steps, batch, features), got {type(inputs).__name__}")
+    check_points(points, width, "inputs")
+    return points
+
+
 def check_points(points: Tensor, width: int, label: str) -> None:
-    """Raise `InputError` unless these are finite vectors (…, width), at least one."""
+    """Raise `InputError` unless these are finite vectors of `width` numbers."""
     if not points.is_floating_point():
         raise InputError(f"{label} must hold floating-point vectors, got {points.dtype}: embed the tokens first")
-    if points.dim() == 0 or points.shape[-1] != width:
-        raise InputError(f"{label} has shape {tuple(points.shape)}, but the layer reads {width} features")
+    _check_width(points, width, label)
     if points.numel() == 0:
         raise InputError(f"{label} is empty: give at least one input vector")
     if not points.isfinite().all():
         raise InputError(f"{label} holds NaN or infinite values: remove them first")
 
 
-def _table(embedding: nn.Embedding | Tensor) -> Tensor:
+def _check_width(points: Tensor, width: int, label: str) -> None:
+    """Raise `InputError` unless these are vectors of `width` numbers."""
+    if points.dim() == 0 or points.shape[-1] != width:
+        raise InputError(f"{label} has shape {tuple(points.shape)}, but the layer reads {width} features")
+
+
+def embedding_table(embedding: Any) -> Tensor:
+    """The rows of an `nn.Embedding` as they are looked up, or a table (V, D) itself."""
     if isinstance(embedding, Tensor):
         return embedding
     if not isinstance(embedding, nn.Embedding):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, as_number
 
 # Held is a rate this share of 1 − λ below the one asked for, so that `certify`, which iterates, finds at most λ.
 MARGIN = 1e-3
@@ -18,10 +18,12 @@ ADAPT_EVERY = 16
 _LAYERS: "weakref.WeakSet[SelfKeeping]" = weakref.WeakSet()
 
 
-def check_rate(rate: float) -> None:
-    """Raise `InputError` unless 0 < rate < 1."""
-    if not (isinstance(rate, float) and 0 < rate < 1):
+def checked_rate(rate: Any) -> float:
+    """A contraction factor a step, between 0 and 1, or `InputError`."""
+    number = as_number(rate)
+    if number is None or not 0 < number < 1:
         raise InputError(f"rate must be a number between 0 and 1, both excluded, got {rate!r}")
+    return number
 
 
 def target(rate: float) -> float:

@@ -7,10 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from unrecurrent import kernels
 from unrecurrent.cells import check_module, find_recurrent
-from unrecurrent.certificate import Certificate, certify, certify_in_norms, checked_bound
+from unrecurrent.certificate import (
+    Certificate,
+    certify,
+    certify_in_norms,
+    check_points,
+    checked_bound,
+    embedding_table,
+    input_points,
+)
+from unrecurrent.digests import tensor_digest
 from unrecurrent.errors import InputError
 from unrecurrent.feasible import (
     TANH_1,
@@ -37,7 +47,7 @@ from unrecurrent.projections import (
     weighted_row_sums,
     write_back_,
 )
-from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_norm, check_rate, target
+from unrecurrent.self_keeping import ADAPT_EVERY, SelfKeeping, check_norm, checked_rate, target
 from unrecurrent.stable_lstm import StableLSTM
 
 __all__ = ["Constraint", "StableGRU", "StableLSTM", "StableRNN", "stabilize"]
@@ -211,6 +221,8 @@ class _TableDrive(_Drive):
 class _Policy(ABC):
     """What is done to one layer: `hold` after each optimizer step, `project` when all is computed afresh."""
 
+    layer: _Layer
+
     @abstractmethod
     def hold(self) -> None: ...
 
@@ -223,6 +235,19 @@ class _Policy(ABC):
     def memory(self) -> Tensor | None:
         """What is remembered from step to step."""
         return None
+
+    def known_drive(self) -> Tensor | None:
+        """How far data or a table drive the layer, as last computed; None where that is computed in every step."""
+        return None
+
+    def take_drive(self, known: Tensor) -> None:
+        """Take up what `known_drive` gave."""
+        raise NotImplementedError
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `hold` depends on more than the weights; where it does not, `project` leaves held weights alone."""
+        return self.memory() is not None or self.known_drive() is not None
 
 
 class _Spectral(_Policy):
@@ -270,8 +295,9 @@ class _MillerHardtLSTM(_Policy):
 
     _rows: kernels.PaperRows | None = None
 
-    def __init__(self, layer: _Layer, input_bound: Callable[[], float]) -> None:
+    def __init__(self, layer: _Layer, input_bound: Callable[[], float], seen: bool = False) -> None:
         self.layer, self.input_bound, self.bound = layer, input_bound, input_bound()
+        self.seen = seen  # the bound is that of data or of a table, which may change
 
     def hold(self) -> None:
         self._keep()
@@ -307,6 +333,12 @@ class _MillerHardtLSTM(_Policy):
         check_finite(*self.layer.weights)
         self.bound = self.input_bound()
         self._keep()
+
+    def known_drive(self) -> Tensor | None:
+        return torch.tensor(self.bound, dtype=torch.float64) if self.seen else None
+
+    def take_drive(self, known: Tensor) -> None:
+        self.bound = float(known)
 
 
 def _limit_bias_(bias_ih: Tensor, bias_hh: Tensor, limit: float) -> None:
@@ -436,6 +468,13 @@ class _Rows(_Policy):
     def memory(self) -> Tensor:
         return self.norm
 
+    def known_drive(self) -> Tensor | None:
+        return self.drive.values if isinstance(self.drive, _TableDrive) else None
+
+    def take_drive(self, known: Tensor) -> None:
+        assert isinstance(self.drive, _TableDrive)
+        self.drive.values = known.to(self.layer.weight_hh.device)
+
 
 class _GRURows(_Rows):
     def _budget_at(self, ceiling: Tensor) -> CappedGate:
@@ -503,10 +542,13 @@ class Constraint:
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self._policies, self._certify, self._steps = policies, certify_now, 0
+        before = [weight.detach().clone() for weight in self._weights()]
         for policy in policies:
             if isinstance(policy, _Rows):
                 policy.adapt(FIRST_FIT)
         self.project()
+        # Until weights move again: what was loaded before this constraint was made can be had back.
+        self._before: list[Tensor] | None = before
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -514,6 +556,7 @@ class Constraint:
 
     def hold(self) -> None:
         """What happens after each optimizer step: keep the recurrent rows in bounds, at the drive ranges last known."""
+        self._before = None
         self._steps += 1
         for policy in self._policies:
             if self._steps % ADAPT_EVERY == 0:
@@ -522,6 +565,7 @@ class Constraint:
 
     def project(self) -> None:
         """Move the weights to nearby ones at which the constraint holds, drive ranges and norms computed afresh."""
+        self._before = None
         for policy in self._policies:
             policy.project()
 
@@ -531,23 +575,76 @@ class Constraint:
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered from step to step, for a training run that is to resume bit for bit."""
-        return {"steps": self._steps, "memory": [policy.memory() for policy in self._policies]}
+        return {
+            "steps": self._steps,
+            "memory": [policy.memory() for policy in self._policies],
+            "drives": [policy.known_drive() for policy in self._policies],
+            "weights": _digest(self._weights()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Take up what `state_dict` gave; the module's weights are loaded before it.
+
+        It does not matter whether `stabilize` was called before or after they were: what that moved is put back.
+
+        Raises:
+            InputError: a state of another constraint, or weights that are not those it was saved with.
+        """
+        kept = state["memory"]
+        # States saved before these were kept go on with the ranges and the weights as they are now.
+        drives = state.get("drives", [policy.known_drive() for policy in self._policies])
+        self._check_state(kept, drives)
+        if "weights" in state:
+            self._find_weights(state["weights"])
         self._steps = int(state["steps"])
-        for policy, kept in zip(self._policies, state["memory"], strict=True):
-            memory = policy.memory()
-            if memory is not None:
-                if isinstance(policy, _Rows):
-                    check_norm(kept, "memory")
-                memory.copy_(kept)
+        for policy, memory, drive in zip(self._policies, kept, drives, strict=True):
+            own = policy.memory()
+            if own is not None:
+                own.copy_(memory)
+            if drive is not None:
+                policy.take_drive(drive)
+
+    def _check_state(self, kept: Sequence[Tensor | None], drives: Sequence[Tensor | None]) -> None:
+        own = [policy.memory() for policy in self._policies], [policy.known_drive() for policy in self._policies]
+        if any(_shapes(mine) != _shapes(theirs) for mine, theirs in zip(own, (kept, drives), strict=True)):
+            raise InputError(
+                "this state is that of another constraint: call stabilize on a module like the one it was saved with, "
+                "and with the same method and kind of inputs"
+            )
+        for policy, memory in zip(self._policies, kept, strict=True):
+            if isinstance(policy, _Rows) and memory is not None:
+                check_norm(memory, "memory")
+
+    def _weights(self) -> list[Tensor]:
+        """The weights that are held at what is remembered."""
+        return [weight for policy in self._policies if policy.remembers for weight in policy.layer.weights]
+
+    @torch.no_grad()
+    def _find_weights(self, digest: str) -> None:
+        """See to it that the weights are those of this digest: as they are, or as they were before `stabilize`."""
+        if _digest(self._weights()) == digest:
+            return
+        if self._before is None or _digest(self._before) != digest:
+            raise InputError(
+                "the weights are not those this state was saved with: load the module's weights saved at the same time "
+                "first, then this state, and train after that"
+            )
+        for weight, before in zip(self._weights(), self._before, strict=True):
+            weight.copy_(before)
 
     def remove(self) -> None:
         """Stop projecting after optimizer steps; the weights stay as they are."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _digest(weights: Sequence[Tensor]) -> str:
+    return tensor_digest((str(number), weight) for number, weight in enumerate(weights))
+
+
+def _shapes(tensors: Sequence[Tensor | None]) -> list[torch.Size | None]:
+    return [None if tensor is None else tensor.shape for tensor in tensors]
 
 
 def _norms(policies: Sequence[_Policy]) -> list[Tensor | None]:
@@ -560,9 +657,9 @@ def stabilize(
     *,
     rate: float = 0.98,
     method: str = "certified",
-    inputs: Tensor | None = None,
+    inputs: Tensor | PackedSequence | None = None,
     input_bound: float | None = None,
-    embedding: nn.Embedding | None = None,
+    embedding: nn.Embedding | Tensor | None = None,
     coupled: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Constraint:
@@ -583,14 +680,14 @@ def stabilize(
             |b_f| ≤ 0.25, with B_x the bound on the inputs (default: the paper's 0.75). `rate` does not apply to it.
         inputs: data `(..., D)` as the layer reads it; the statement then covers inputs that drive it no further.
         input_bound: covers all inputs with ‖x_t‖_∞ ≤ input_bound as they reach the layer, after any dropout.
-        embedding: covers all sequences of the rows of an `nn.Embedding`.
+        embedding: covers all sequences of the rows of an `nn.Embedding`, or of a table (V, D).
         coupled: tie the input gate of an `nn.LSTM` to its forget gate, i = 1 − f, and keep it so. It allows far more.
         optimizer: the one that trains the module. Without it, call `.hold()` or `.project()` after each step.
 
     Raises:
         InputError: a rate outside (0, 1), an unknown method, no statement about the inputs where the cell needs one,
-            bidirectional or projected layers, NaN weights, layers that keep themselves stable, or an optimizer that
-            does not train the module.
+            inputs or an embedding of another width or with NaN, bidirectional or projected layers, NaN weights, layers
+            that keep themselves stable, or an optimizer that does not train the module.
 
     >>> lstm = nn.LSTM(3, 5)
     >>> optimizer = torch.optim.Adam(lstm.parameters())
@@ -598,35 +695,38 @@ def stabilize(
     >>> constraint.certificate().rate <= 0.9
     True
     """
-    _check(module, rate, method, (inputs, input_bound, embedding), coupled, optimizer)
+    rate = checked_rate(rate)
+    _check(module, method, (inputs, input_bound, embedding), coupled, optimizer)
     found = [layer for _, layer in find_recurrent(module) if not isinstance(layer, SelfKeeping)]
     if not found:
         raise InputError(f"{type(module).__name__} keeps itself stable: give its rate when you make it")
     if module not in found and (inputs is not None or embedding is not None):
         raise InputError("inputs and embedding belong to one recurrent layer: give that layer instead of the model")
 
-    def table() -> Tensor | None:
-        points = embedding.weight if embedding is not None else inputs
-        return None if points is None else points.detach().reshape(-1, points.shape[-1])
+    points = None if inputs is None else input_points(inputs, _width(module))
+    if embedding is not None:
+        check_points(embedding_table(embedding), _width(module), "the embedding")
+    table = _table(embedding if points is None else points)
 
     def bound() -> float:
-        points = table()
-        if points is not None:
-            return float(points.abs().max())
+        if table is not None:
+            return float(table().abs().max())
         return PAPER_INPUT_BOUND if input_bound is None else float(input_bound)
 
     built: dict[nn.Module, list[_Policy]] = {}
     for recurrent in found:
         drive = _input_drive(table, input_bound)
-        paper = method == METHODS[1]
-        built[recurrent] = _miller_hardt(recurrent, bound) if paper else _certified(recurrent, rate, drive, coupled)
+        if method == METHODS[1]:
+            built[recurrent] = _miller_hardt(recurrent, bound, seen=table is not None)
+        else:
+            built[recurrent] = _certified(recurrent, rate, drive, coupled)
     policies = [policy for own in built.values() for policy in own]
 
     def certify_now() -> Certificate:
-        stated: dict[str, Any] = {"inputs": inputs, "embedding": embedding, "input_bound": input_bound}
+        stated: dict[str, Any] = {"inputs": points, "embedding": embedding, "input_bound": input_bound}
         if method != METHODS[1]:
             return certify_in_norms(module, {layer: _norms(own) for layer, own in built.items()}, **stated)
-        if inputs is None and embedding is None:
+        if table is None:
             stated["input_bound"] = bound()
         return certify(module, **stated, method=method)
 
@@ -635,14 +735,12 @@ def stabilize(
 
 def _check(
     module: nn.Module,
-    rate: float,
     method: str,
     stated: tuple[Any, ...],
     coupled: bool,
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
     check_module(module)
-    check_rate(rate)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if sum(given is not None for given in stated) > 1:
@@ -653,23 +751,37 @@ def _check(
     if coupled and (method == METHODS[1] or not any(isinstance(m, nn.LSTM | nn.LSTMCell) for m in module.modules())):
         raise InputError("coupled=True ties the gates of an nn.LSTM, with method='certified': leave it out here")
     if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InputError(f"optimizer must be one of torch.optim, already made, got {type(optimizer).__name__}")
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in trained for p in module.parameters()):
             raise InputError("the optimizer trains no parameter of the module: give the one that does")
 
 
-def _input_drive(table: Callable[[], Tensor | None], input_bound: float | None) -> Callable[[], _Drive] | None:
+def _width(layer: nn.Module) -> int:
+    return int(layer.input_size)  # type: ignore[arg-type]
+
+
+def _table(given: nn.Embedding | Tensor | None) -> Callable[[], Tensor] | None:
+    """The rows `(N, D)` that inputs are taken from, as they are when asked for; None if there are none."""
+    if given is None:
+        return None
+
+    def rows() -> Tensor:
+        found = embedding_table(given).detach()
+        check_finite(found)
+        return found.reshape(-1, found.shape[-1])
+
+    return rows
+
+
+def _input_drive(table: Callable[[], Tensor] | None, input_bound: float | None) -> Callable[[], _Drive] | None:
     """How inputs can drive the first layer, one object a gate; None if nothing was said about them."""
-    if table() is not None:
-        return lambda: _TableDrive(lambda: _given(table()))
+    if table is not None:
+        return lambda: _TableDrive(table)
     if input_bound is not None:
         return lambda: _BoxDrive(float(input_bound))
     return None
-
-
-def _given(table: Tensor | None) -> Tensor:
-    assert table is not None
-    return table
 
 
 def _layers(module: nn.Module) -> list[_Layer]:
@@ -687,7 +799,7 @@ def _bound_between(module: nn.Module, hidden_bound: float) -> float:
     return hidden_bound / (1 - dropout) if dropout < 1 else hidden_bound
 
 
-def _miller_hardt(module: nn.Module, bound: Callable[[], float]) -> list[_Policy]:
+def _miller_hardt(module: nn.Module, bound: Callable[[], float], seen: bool) -> list[_Policy]:
     if isinstance(module, nn.RNN | nn.RNNCell):
         return [_Spectral(layer, 1 - PAPER_SPECTRAL_MARGIN) for layer in _layers(module)]
     if not isinstance(module, nn.LSTM | nn.LSTMCell):
@@ -695,9 +807,8 @@ def _miller_hardt(module: nn.Module, bound: Callable[[], float]) -> list[_Policy
             f"the conditions of Miller and Hardt are about RNN and LSTM, not {type(module).__name__}: use 'certified'"
         )
     between = _bound_between(module, 1.0)
-    return [
-        _MillerHardtLSTM(layer, (lambda: between) if number else bound) for number, layer in enumerate(_layers(module))
-    ]
+    first, *above = _layers(module)
+    return [_MillerHardtLSTM(first, bound, seen), *(_MillerHardtLSTM(layer, lambda: between) for layer in above)]
 
 
 def _certified(module: nn.Module, rate: float, drive: Callable[[], _Drive] | None, coupled: bool) -> list[_Policy]:
@@ -726,11 +837,11 @@ class _SelfKeepingLayer(SelfKeeping):
     bidirectional: bool
 
     def __init__(self, *args: Any, rate: float, **kwargs: Any) -> None:
-        check_rate(rate)
+        rate = checked_rate(rate)
         super().__init__(*args, **kwargs)
         if self.bidirectional:
             raise InputError(f"{type(self).__name__} runs forward in time only: leave out bidirectional")
-        self.rate = float(rate)
+        self.rate = rate
         self._kept_exactly = True
         for k, policy in enumerate(self._policies()):
             if isinstance(policy, _Rows):

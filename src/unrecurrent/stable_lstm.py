@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from unrecurrent import kernels, onednn
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, as_number, is_whole
 from unrecurrent.feasible import ScaledGate, fit_norm_, highest_ceiling, hold_rows_
 from unrecurrent.projections import HALF, check_finite, widened, write_back_
-from unrecurrent.self_keeping import SelfKeeping, check_norm, check_rate, target
+from unrecurrent.self_keeping import SelfKeeping, check_norm, checked_rate, target
 
 # The ceilings F̄ of a layer leave the candidate's rows between these shares of the rate: (λ − F̄) / (1 − F̄) = share · λ.
 CEILING_SHARES = (0.25, 0.75)
@@ -240,6 +240,7 @@ class StableLSTM(SelfKeeping):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, device, dtype: as for `nn.LSTM`.
         rate: bound on the contraction factor a step, between 0 and 1: a factor e is forgotten in 1 / (1 − rate) steps.
+        bidirectional, proj_size: `nn.LSTM` has them, this layer does not.
 
     Shapes: x `(T, B, D)`, `(B, T, D)` with `batch_first`, `(T, D)` without batch, or a `PackedSequence`; h0 and c0
     `(num_layers, B, H)`, default zeros. Parameters `weight_ih_l{k}` `(3 H, D)`, `weight_hh_l{k}` `(3 H, H)`,
@@ -247,7 +248,8 @@ class StableLSTM(SelfKeeping):
     `norm_l{k}` `(2, H)`, the weights of c and h in the norm in which the layer contracts.
 
     Raises:
-        InputError: a rate outside (0, 1), sizes below 1, or inputs and states of the wrong shape.
+        InputError: a rate outside (0, 1), sizes below 1, bidirectional, proj_size, or inputs and states of the wrong
+            kind, shape or dtype.
 
     >>> lstm = StableLSTM(3, 5, num_layers=2, rate=0.9)
     >>> y, (h, c) = lstm(torch.randn(7, 4, 3))
@@ -270,15 +272,24 @@ class StableLSTM(SelfKeeping):
         rate: float = 0.98,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bidirectional: bool = False,
+        proj_size: int = 0,
     ) -> None:
         super().__init__()
-        check_rate(rate)
-        if min(input_size, hidden_size, num_layers) < 1:
-            raise InputError("input_size, hidden_size and num_layers must be at least 1")
-        if not 0 <= dropout <= 1:
-            raise InputError(f"dropout must be a probability between 0 and 1, got {dropout}")
+        rate = checked_rate(rate)
+        if bidirectional:
+            raise InputError("StableLSTM runs forward in time only: leave out bidirectional")
+        if proj_size:
+            raise InputError("StableLSTM has no projection: leave out proj_size, and put an nn.Linear behind it")
+        sizes = (input_size, hidden_size, num_layers)
+        if not all(is_whole(size) and size >= 1 for size in sizes):
+            raise InputError(f"input_size, hidden_size and num_layers must be whole numbers of at least 1, got {sizes}")
+        chance = as_number(dropout)
+        if chance is None or not 0 <= chance <= 1:
+            raise InputError(f"dropout must be a probability between 0 and 1, got {dropout!r}")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout, self.rate = bias, batch_first, float(dropout), float(rate)
+        self.bias, self.batch_first, self.dropout, self.rate = bias, batch_first, chance, rate
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         for k in range(num_layers):
             width = input_size if k == 0 else hidden_size
@@ -356,7 +367,11 @@ class StableLSTM(SelfKeeping):
         """The outputs of the last layer, and (h, c) of all layers after the last step."""
         self.keep_before_use()
         if isinstance(input, PackedSequence):
+            self._check_dtype("input", input.data)
             return self._forward_packed(input, hx)
+        if not isinstance(input, Tensor):
+            raise InputError(f"StableLSTM reads a tensor or a PackedSequence, not {type(input).__name__}")
+        self._check_dtype("input", input)
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size or 0 in input.shape:
             raise InputError(
                 f"StableLSTM reads (T, B, {self.input_size}), batch_first (B, T, {self.input_size}), or (T, "
@@ -369,12 +384,24 @@ class StableLSTM(SelfKeeping):
             return y.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return y.transpose(0, 1) if self.batch_first else y, (h, c)
 
+    def _check_dtype(self, name: str, tensor: Tensor) -> None:
+        """Raise `InputError` for a tensor of another dtype than the weights; autocast casts both as it sees fit."""
+        dtype = self.weight_ih_l0.dtype
+        if tensor.dtype != dtype and not torch.is_autocast_enabled(tensor.device.type):
+            raise InputError(
+                f"{name} is {tensor.dtype}, but the layer's weights are {dtype}: call .to() on one of them"
+            )
+
     def _start(self, x: Tensor, hx: tuple[Tensor, Tensor] | None, batched: bool) -> tuple[Tensor, Tensor]:
         shape = (self.num_layers, x.shape[1], self.hidden_size)
         if hx is None:
             zeros = x.new_zeros(shape)
             return zeros, zeros
+        if not (isinstance(hx, tuple | list) and [isinstance(part, Tensor) for part in hx] == [True, True]):
+            raise InputError("the start state of StableLSTM is a pair of tensors (h0, c0): give it in that form")
         h, c = hx if batched else (part.unsqueeze(1) for part in hx)
+        self._check_dtype("h0", h)
+        self._check_dtype("c0", c)
         if h.shape != shape or c.shape != shape:
             raise InputError(f"h0 and c0 must have shape {shape}, but got {tuple(h.shape)} and {tuple(c.shape)}")
         return h, c
