@@ -8,10 +8,12 @@ import unrecurrent as ur
 from unrecurrent import comparison as comparison_module
 from unrecurrent.comparison import Contender
 from unrecurrent.errors import InputError
+from unrecurrent.models import build_model
 from unrecurrent.recipes import Recipe
 from unrecurrent.records import KEYS, make_record, read_records, write_records
 from unrecurrent.search import draw_recipes
 from unrecurrent.tasks import get_task
+from unrecurrent.training import task_interface
 from unrecurrent.verdict import RULES
 
 SENTENCES = "the cat sat on the mat. the dog sat on the log. a cat and a dog sat. "
@@ -193,6 +195,12 @@ def test_a_task_is_a_name():
 def test_one_model_may_be_named_without_a_list():
     (contender,) = comparison_module._contenders("window:k=4")
     assert contender.label == "window:k=4"
+
+
+def test_behind_a_convolution_data_do_not_bound_what_the_layers_read(tiny_music):
+    model = build_model("gru", task_interface(tiny_music), {"hidden_size": 4, "input_kernel": 2}).eval()
+    proved = comparison_module.certificate_on_data(model, tiny_music)
+    assert proved.assumptions[0] == model.certificate().assumptions[0]
 
 
 def test_minutes_become_epochs_of_the_slowest_model_once(text_task, tmp_path, monkeypatch):

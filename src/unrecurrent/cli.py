@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unrecurrent.certificate import Certificate
     from unrecurrent.comparison import Comparison
     from unrecurrent.data import DataFile
+    from unrecurrent.models.recurrent import RecurrentModel
 
 app = typer.Typer(
     name="unrecurrent",
@@ -108,9 +109,11 @@ def compare(
 
 
 def _make_folders(*paths: Path | None) -> None:
-    """Make the folders of files to be written before hours of training, not after."""
+    """Make the folders of files to be written before hours of work, not after."""
     for path in paths:
         if path is not None:
+            if path.is_dir():
+                raise InputError(f"{path} is a folder: name a file to write")
             make_folder(path.parent)
 
 
@@ -176,7 +179,7 @@ def train(
     training = replace(recipe.training, **{key: value for key, value in given.items() if value is not None})
     settings = {**recipe.settings, **contender.overrides}
     if "hidden_size" not in settings:
-        count = parameters or default_parameters(found)
+        count = default_parameters(found) if parameters is None else parameters
         settings = match_parameters(contender.name, task_interface(found), settings, count)
     run = TrainingRun(found, contender.name, settings, training, out, device)
     with progress_bars() as bars:
@@ -212,6 +215,7 @@ def measure(
 
     if exponents != "all" and not exponents.isdecimal():
         raise InputError(f"--exponents is {exponents!r}: give a whole number or all")
+    _make_folders(report)
     profiles = measure_file(
         model,
         data,
@@ -279,11 +283,24 @@ def certify(
         if model.receptive_field is None:
             reach = "it looks back on the whole past another way"
         raise InputError(f"the model {config['model']!r} has no recurrent layer to certify: {reach}")
+    _check_coverage(model, data, input_bound)
     inputs = None
     if data:
         inputs = torch.cat([example.inputs for example in get_task(data, data_dir=data_dir).load("test")])
     certificate = model.certificate(inputs=inputs, input_bound=input_bound, method=method)
     _show_certificates({checkpoint.name: certificate}, eps, as_json)
+
+
+def _check_coverage(model: "RecurrentModel", data: str | None, input_bound: float | None) -> None:
+    """Refuse to be told which inputs to cover where they are known, or by what the layers do not read."""
+    if model.front is not None:
+        if data:
+            raise InputError(
+                "a convolution stands between the data and the recurrent layers: give the bound on what it passes on as"
+                " --input-bound, or neither for all inputs"
+            )
+    elif model.embedding is not None and (data or input_bound is not None):
+        raise InputError("a model of symbols is certified over its own table, all it can read: leave the option out")
 
 
 def _show_certificates(
