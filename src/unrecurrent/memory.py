@@ -50,6 +50,11 @@ class MemoryProfile:
     this truncation curve stand, where they could be measured, `gradient_decay` (‖∂ loss_{t+j} / ∂ x_t‖ against j; of a
     random mixture of the outputs where `scale` is given) and one `LayerMemory` for each recurrent layer: forgetting
     curve, local rates, Lyapunov exponents, certificate.
+
+    >>> losses = np.array([[0.9, 0.7], [0.5, 0.5], [0.4, 0.4]])
+    >>> profile = MemoryProfile(ks=(1, 2, 4), losses=losses, full_losses=np.array([0.4, 0.4]))
+    >>> profile.k(0.01), profile.k(0.5)
+    (4, 2)
     """
 
     ks: tuple[int, ...]
