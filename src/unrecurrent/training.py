@@ -547,12 +547,9 @@ def find_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"unknown device {name!r}: write cpu, cuda, or cuda:1") from error
-    try:
+    try:  # only torch knows what it can compute on here, and it has no one error for what it cannot
         torch.ones((), device=device).item()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # only torch knows what it can compute on here
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"there is no device {str(device)!r} on this machine: train on cpu") from error
     return device
 
