@@ -34,7 +34,7 @@ format: .venv/test-installed
 	touch $@
 
 .venv/test-installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) --editable ".[music,onnx,search,dev]"
+	$(INSTALL) --editable ".[music,onnx,dev]"
 	touch $@ .venv/demo-installed
 
 clean:

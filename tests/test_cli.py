@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
-from command import run
-from unrecurrent import cli
+from command import run, save
+from unrecurrent import cli, measuring
+from unrecurrent.checkpoint import load_model
+from unrecurrent.errors import InputError
+from unrecurrent.models import Interface
 
 
 @pytest.fixture
@@ -57,11 +60,44 @@ def test_training_resumes_and_certificate_is_shown(checkpoint, story, capsys, mo
     assert "holds a run with other settings" in err
 
 
+def test_a_model_of_symbols_is_certified_over_its_own_table(checkpoint, story, capsys, monkeypatch):
+    for words in (("--data", f"text:{story}"), ("--input-bound", 1.0)):
+        code, _, err = run(capsys, monkeypatch, "certify", checkpoint, *words)
+        assert code == 2
+        assert "a model of symbols is certified for all there are" in err
+
+
+def test_behind_a_convolution_what_is_proved_is_said_of_what_it_passes_on(tmp_path, capsys, monkeypatch):
+    folder = save(tmp_path / "model", "certified-lstm", Interface(None, 5, 5), "jsb", input_kernel=4)
+    of_the_layers = load_model(folder)[0].certificate(input_bound=1.0).horizon(1e-2)
+    code, out, _ = run(capsys, monkeypatch, "certify", folder, "--input-bound", 1.0)
+    assert code == 0
+    assert "when they reach the layer" in out
+    assert f"Proved: inputs more than {of_the_layers + 3} steps back" in out
+
+
+def test_the_report_of_measure_gets_its_folder_first(checkpoint, tmp_path, capsys, monkeypatch):
+    def measured(*_given, **_more):
+        assert (tmp_path / "new").is_dir()
+        raise InputError("measured")
+
+    monkeypatch.setattr(measuring, "measure_file", measured)
+    code, _, err = run(capsys, monkeypatch, "measure", checkpoint, "--report", tmp_path / "new" / "r.html")
+    assert code == 2
+    assert "measured" in err
+    code, _, err = run(capsys, monkeypatch, "measure", checkpoint, "--report", tmp_path)
+    assert code == 2
+    assert "is a folder: name a file" in err
+
+
 def test_damaged_checkpoint_is_one_sentence(checkpoint, capsys, monkeypatch):
     (checkpoint / "model.safetensors").write_bytes(b"nothing")
     code, _, err = run(capsys, monkeypatch, "certify", checkpoint)
     assert code == 2
     assert "is damaged" in err
+
+
+COPY = ("train", "copy:T=5", "--model", "lstm", "--out", "x")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +107,17 @@ def test_damaged_checkpoint_is_one_sentence(checkpoint, capsys, monkeypatch):
         (("compare", "jsb", "--models", "lstm,tnc"), "did you mean 'tcn'"),
         (("compare", "text:missing.txt"), "missing.txt"),
         (("train", "jsb", "--model", "lsmt", "--out", "x"), "did you mean 'lstm'"),
+        (
+            ("train", "copy:T=5", "--model", "lstm", "--out", "x", "--epochs", "inf"),
+            "epochs must be positive and finite",
+        ),
+        ((*COPY, "--seed", 10**23), "seed must be smaller than"),
+        ((*COPY, "--device", "meta"), "there is no device 'meta'"),
+        (
+            ("train", "copy:T=5", "--model", "lstm", "--out", "x", "--parameters", 0),
+            "parameters must be a whole number",
+        ),
+        (("compare", "copy:T=5", "--parameters", 0), "parameters must be a whole number"),
         (("certify", "no-such-folder"), "is no checkpoint"),
         (("certify", "no-such-folder", "--eps", -3), "eps must be a positive number"),
         (("data", "get", "jbs"), "did you mean 'jsb'"),

@@ -161,7 +161,7 @@ def test_bad_model_names_are_one_sentence(text, message):
 def test_bad_requests_are_one_sentence(text_task):
     with pytest.raises(InputError, match="named twice"):
         ur.compare(text_task, models=["lstm", "lstm"])
-    with pytest.raises(InputError, match="seeds must be at least 1"):
+    with pytest.raises(InputError, match="seeds must be a whole number of at least 1, not 0"):
         ur.compare(text_task, seeds=0)
     with pytest.raises(InputError, match="either epochs or a positive number of minutes"):
         ur.compare(text_task, epochs=1, minutes=1.0)
@@ -169,6 +169,39 @@ def test_bad_requests_are_one_sentence(text_task):
         ur.compare(text_task, minutes=-1.0)
     with pytest.raises(InputError, match="hidden_size follows from the budget"):
         ur.compare(text_task, models=["lstm:hidden_size=3"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"models": "lstn"}, "unknown model 'lstn'"),
+        ({"models": 3}, "models must be names"),
+        ({"models": ["lstm", 3]}, "models must be names"),
+        ({"seeds": 2.5}, "seeds must be a whole number of at least 1, not 2.5"),
+        ({"trials": "a"}, "trials must be a whole number"),
+        ({"positions": True}, "positions must be a whole number"),
+        ({"parameters": "a"}, "parameters must be a whole number of at least 1, not 'a'"),
+        ({"parameters": 0}, "parameters must be a whole number of at least 1, not 0"),
+        ({"epochs": float("inf")}, "epochs must be positive and finite"),
+        ({"epochs": "a"}, "epochs must be positive and finite"),
+        ({"minutes": "a"}, "either epochs or a positive number of minutes"),
+        ({"parameters": 300}, r"comes within 2\.5% of 300 parameters"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_sentence(given, said, text_task):
+    with pytest.raises(InputError, match=said) as raised:
+        ur.compare(text_task, **{"models": ["lstm"], **given})
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_task_is_a_name():
+    with pytest.raises(InputError, match="a task is given by its name"):
+        ur.compare(3)
+
+
+def test_one_model_may_be_named_without_a_list():
+    (contender,) = comparison_module._contenders("window:k=4")
+    assert contender.label == "window:k=4"
 
 
 def test_minutes_become_epochs_of_the_slowest_model_once(text_task, tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from command import run
-from unrecurrent.checkpoint import load_config, save_model
+from command import run, save
+from unrecurrent.checkpoint import load_config
 from unrecurrent.errors import InputError
 from unrecurrent.measuring import _scaled, load_arrays, measure_file
-from unrecurrent.models import Interface, build_model
+from unrecurrent.models import Interface
 from unrecurrent.tasks import get_task
 from unrecurrent.training import TrainingConfig, TrainingRun
 
@@ -27,15 +27,6 @@ def header(shape):
 
 SMALL = {"positions": 30, "longest": 24, "steps": 40}
 ROOT = Path(__file__).parents[1]
-
-
-def save(folder, name, interface, task):
-    settings = {"hidden_size": 5} | ({"embedding_size": 4} if interface.vocabulary else {})
-    model = build_model(name, interface, settings)
-    folder.mkdir()
-    about = {"model": name, "interface": interface._asdict(), "settings": settings, "task": task}
-    save_model(folder, model.state_dict(), about)
-    return folder
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_width_meets_the_parameter_budget(name, target):
 
 
 def test_budget_no_width_can_meet_is_refused():
-    with pytest.raises(InputError, match="no width of 'lstm' comes within 5%"):
+    with pytest.raises(InputError, match=r"no width of 'lstm' comes within 5\.0%"):
         match_parameters("lstm", Interface(None, 88, 88), {}, 700)
 
 

@@ -45,5 +45,4 @@ def test_signatures_are_pinned():
 
 def test_every_public_name_has_a_docstring_with_an_example():
     for name in ur.__all__:
-        documentation = inspect.getdoc(getattr(ur, name)) or ""
-        assert len(documentation.splitlines()) > 1 or name == "Certificate", name
+        assert ">>> " in (getattr(ur, name).__doc__ or ""), name  # its own: a parent's does not show how to use it

@@ -193,6 +193,43 @@ def test_missing_checkpoint_and_broken_config_are_one_sentence(tmp_path, tiny_mu
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (None, ["model", "interface", "settings", "task"]),
+        (None, 3),
+        ("model", 3),
+        ("task", None),
+        ("settings", []),
+        ("interface", {}),
+        ("interface", []),
+        ("interface", {"vocabulary": None, "features": None, "outputs": 5}),
+        ("interface", {"vocabulary": -6, "features": None, "outputs": 6}),
+        ("interface", {"vocabulary": None, "features": "5", "outputs": 5}),
+        ("interface", {"vocabulary": None, "features": 5, "outputs": None}),
+        ("interface", {"vocabulary": None, "features": 5, "outputs": 5, "separator": -1}),
+        ("interface", {"vocabulary": None, "features": 5, "outputs": 5, "colour": 1}),
+        ("scales", [1.0]),
+        ("scales", {"mean": [0.0], "std": ["1"]}),
+    ],
+)
+def test_config_of_the_wrong_form_is_one_sentence(key, value, tmp_path):
+    config = {"model": "gru", "interface": Interface(None, 5, 5)._asdict(), "settings": {}, "task": "tiny-music"}
+    (tmp_path / "config.json").write_text(json.dumps(value if key is None else {**config, key: value}))
+    with pytest.raises(InputError, match=r"config.json is damaged \(.*\): restore or delete") as raised:
+        load_model(tmp_path)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_more_outputs_than_memory_holds_are_one_sentence(tmp_path, tiny_music):
+    finished_run(tiny_music, tmp_path)
+    path = tmp_path / "config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "interface": {**about["interface"], "outputs": 2**50}}))
+    with pytest.raises(InputError, match=r"do not fit its config\.json"):
+        load_model(tmp_path)
+
+
 def test_full_disk_overwrites_nothing(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     save_tensors(path, {"a": torch.ones(3)}, {})
@@ -223,7 +260,12 @@ def test_diverging_training_says_so(tiny_music):
         ("optimizer", "lion"),
         ("schedule", "linear"),
         ("epochs", 0),
+        ("epochs", float("inf")),
+        ("epochs", "many"),
         ("learning_rate", -1.0),
+        ("seed", -1),
+        ("seed", 0.5),
+        ("seed", 2**32),
         ("recurrent_learning_rate_factor", 0.0),
         ("weight_decay", -0.1),
         ("recurrent_weight_decay", -0.1),
@@ -232,6 +274,17 @@ def test_diverging_training_says_so(tiny_music):
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(InputError, match=field):
         TrainingConfig(**{field: value})
+
+
+def test_the_largest_seed_is_taken(tiny_music):
+    TrainingRun(tiny_music, "rnn", {"hidden_size": 4}, replace(QUICK, epochs=1, seed=2**32 - 1)).run()
+
+
+@pytest.mark.parametrize("device", ["toaster", "cpu:x", "meta", "cuda:99", "xla", "hpu"])
+def test_a_device_that_is_not_there_is_one_sentence(device, tiny_music):
+    with pytest.raises(InputError, match=r"unknown device|there is no device") as raised:
+        TrainingRun(tiny_music, "rnn", {"hidden_size": 4}, QUICK, device=device)
+    assert len(str(raised.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unrecurrent.digests import tensor_digest
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, as_number, checked_whole
 from unrecurrent.files import replacing, write_text
 from unrecurrent.models import Interface, SequenceModel, build_model
 
 CONFIG, WEIGHTS, TRAINING = "config.json", "model.safetensors", "training.safetensors"
+#: what a configuration must hold
+_FORMS = {"model": (str, "text"), "interface": (dict, "table"), "settings": (dict, "table"), "task": (str, "text")}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -67,11 +69,42 @@ def load_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is no checkpoint (it holds no {CONFIG}): name the folder of a training run")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not {"model", "interface", "settings", "task"} <= set(config):
-            raise ValueError("missing keys")
+        _check_forms(config)
     except ValueError as error:
-        raise InputError(f"{path} is damaged: restore or delete the checkpoint") from error
+        raise InputError(f"{path} is damaged ({error}): restore or delete the checkpoint") from error
     return config
+
+
+def _check_forms(config: Any) -> None:
+    """Raise a `ValueError` where a configuration does not hold what `save_model` is given."""
+    if not isinstance(config, dict):
+        raise ValueError("it holds no keys")
+    for key, (form, noun) in _FORMS.items():
+        if not isinstance(config.get(key), form):
+            raise ValueError(f"its {key!r} is no {noun}")
+    _check_interface(config["interface"])
+    scales = config.get("scales")
+    if scales is not None and not _are_scales(scales):
+        raise ValueError("its 'scales' are no lists of numbers, 'mean' and 'std'")
+
+
+def _check_interface(interface: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` where a model cannot have such an interface: whole numbers, symbols or features in."""
+    needed = set(Interface._fields) - set(Interface._field_defaults)
+    if not needed <= set(interface) <= set(Interface._fields):
+        raise ValueError(f"its 'interface' must hold {', '.join(Interface._fields)}")
+    if (interface["vocabulary"] is None) == (interface["features"] is None):
+        raise ValueError("its 'interface' must have either a vocabulary or features")
+    for name, size in interface.items():
+        if size is not None or name == "outputs":
+            checked_whole(name, size, 0 if name == "separator" else 1)
+
+
+def _are_scales(scales: Any) -> bool:
+    mean, std = (scales.get(name) if isinstance(scales, dict) else None for name in ("mean", "std"))
+    if not isinstance(mean, list) or not isinstance(std, list):
+        return False
+    return len(mean) == len(std) and None not in map(as_number, mean + std)
 
 
 def load_model(folder: Path) -> tuple[SequenceModel, dict[str, Any]]:
@@ -82,8 +115,8 @@ def load_model(folder: Path) -> tuple[SequenceModel, dict[str, Any]]:
     """
     config = load_config(folder)
     tensors, _ = load_tensors(Path(folder) / WEIGHTS)
-    model = build_model(config["model"], Interface(**config["interface"]), config["settings"])
     try:
+        model = build_model(config["model"], Interface(**config["interface"]), config["settings"])
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} do not fit its {CONFIG}: restore both from one run") from error

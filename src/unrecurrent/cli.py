@@ -111,9 +111,11 @@ def compare(
 
 
 def _make_folders(*paths: Path | None) -> None:
-    """Make the folders of files to be written before hours of training, not after."""
+    """Make the folders of files to be written before hours of work, not after."""
     for path in paths:
         if path is not None:
+            if path.is_dir():
+                raise InputError(f"{path} is a folder: name a file to write")
             make_folder(path.parent)
 
 
@@ -179,7 +181,7 @@ def train(
     training = replace(recipe.training, **{key: value for key, value in given.items() if value is not None})
     settings = {**recipe.settings, **contender.overrides}
     if "hidden_size" not in settings:
-        count = parameters or default_parameters(found)
+        count = default_parameters(found) if parameters is None else parameters
         settings = match_parameters(contender.name, task_interface(found), settings, count)
     run = TrainingRun(found, contender.name, settings, training, out, device)
     with progress_bars() as bars:
@@ -215,6 +217,7 @@ def measure(
 
     if exponents != "all" and not exponents.isdecimal():
         raise InputError(f"--exponents is {exponents!r}: give a whole number or all")
+    _make_folders(report)
     profiles = measure_file(
         model,
         data,

@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +15,7 @@ import torch
 
 from unrecurrent.certificate import Certificate
 from unrecurrent.checkpoint import load_model
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, as_number, checked_whole
 from unrecurrent.files import make_folder, write_text
 from unrecurrent.jobs import job_folder, refuse_diverged, run_jobs
 from unrecurrent.memory import MemoryProfile
@@ -31,7 +31,7 @@ from unrecurrent.training import task_interface
 from unrecurrent.verdict import Candidate, Verdict, decide
 from unrecurrent.worker import Job
 
-#: parameter counts of two models differ by at most this
+#: parameter counts of two models differ by at most this: each by at most half of it from the count asked for
 TOLERANCE = 0.05
 #: k* is the smallest context whose loss is within this fraction of the full one
 DELTA = 0.01
@@ -153,7 +153,7 @@ class Comparison:
 
 def compare(
     task: str,
-    models: Sequence[str] | None = None,
+    models: str | Iterable[str] | None = None,
     *,
     seeds: int = 2,
     parameters: int | None = None,
@@ -168,15 +168,15 @@ def compare(
 ) -> Comparison:
     """Train models on a task at equal budget and say whether a recurrent one is needed.
 
-    Equal budget: every model gets the width whose parameter count is within 5 % of `parameters`, the same
-    number of epochs over the same data and, with `trials`, the same drawn settings to choose from on
-    validation data (a stable model takes over those of its unconstrained twin). Each is then trained from
-    `seeds` seeds; test metric, speeds, peak memory and the truncation curve are measured; the verdict follows
-    from them by the rules in `verdict.RULES`.
+    Equal budget: every model gets the width whose parameter count comes nearest to `parameters` (within 2.5 %, and
+    any two models within 5 % of each other), the same number of epochs over the same data and, with `trials`, the
+    same drawn settings to choose from on validation data (a stable model takes over those of its unconstrained twin).
+    Each is then trained from `seeds` seeds; test metric, speeds, peak memory and the truncation curve are measured;
+    the verdict follows from them by the rules in `verdict.RULES`.
 
     Args:
         task: the name of a task (`unrecurrent data list`), or `text:FILE`.
-        models: names, each optionally with settings: `["lstm", "tcn:layers=3", "window:k=4"]`.
+        models: names, each optionally with settings: `["lstm", "tcn:layers=3", "window:k=4"]`; or one of them.
         seeds: independent trainings of each model.
         parameters: trainable parameters of every model.
         epochs: passes over the training data, 0.5 for half of one (default: those of the recipe).
@@ -190,7 +190,7 @@ def compare(
         progress: show a progress bar on stderr.
 
     Raises:
-        InputError: an unknown task or model, missing data, or a budget no width can meet.
+        InputError: an unknown task or model, missing data, a number that cannot be, or a budget no width can meet.
 
     >>> compare("jsb", models=["lstn"])
     Traceback (most recent call last):
@@ -198,12 +198,13 @@ def compare(
     unrecurrent.errors.InputError: unknown model 'lstn': did you mean 'lstm'? ...
     """
     commit()  # that of the records, noted as the run begins
-    for label, value, least in (("seeds", seeds, 1), ("trials", trials, 0), ("positions", positions, 1)):
-        if value < least:
-            raise InputError(f"{label} must be at least {least}, not {value}")
-    if minutes is not None and (epochs is not None or not 0 < minutes < math.inf):
+    seeds, trials = checked_whole("seeds", seeds, 1), checked_whole("trials", trials, 0)
+    positions = checked_whole("positions", positions, 1)
+    if parameters is not None:
+        parameters = checked_whole("parameters", parameters, 1)
+    if minutes is not None and (epochs is not None or (as_number(minutes) or 0) <= 0):
         raise InputError(f"give either epochs or a positive number of minutes, not {epochs} and {minutes}")
-    contenders = [Contender.parse(text) for text in models or ()]
+    contenders = _contenders(models)
     found = get_task(task, data_dir=Path(data_dir) if data_dir else None)
     contenders = contenders or [Contender.parse(text) for text in default_models(found)]
     if len({c.label for c in contenders}) < len(contenders):
@@ -213,7 +214,7 @@ def compare(
             found,
             str(data_dir) if data_dir else None,
             Path(folder) if folder else Path(temporary),
-            parameters or default_parameters(found),
+            default_parameters(found) if parameters is None else parameters,
             epochs,
             progress,
         )
@@ -227,6 +228,16 @@ def compare(
         task, contenders, seeds=seeds, parameters=parameters, epochs=epochs, minutes=minutes, trials=trials or None
     )
     return Comparison(found, tuple(entries), verdict, shown, _budget(session, recipes, entries, seeds, trials))
+
+
+def _contenders(models: str | Iterable[str] | None) -> list[Contender]:
+    """Return the models that were named; a text is one name, not as many as it has letters."""
+    if models is None:
+        return []
+    names = list(models) if isinstance(models, Iterable) and not isinstance(models, str) else [models]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"models must be names, as in ['lstm', 'tcn:layers=3'], not {models!r}")
+    return [Contender.parse(name) for name in names]
 
 
 class _Session:

@@ -2,6 +2,7 @@
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 
 class InputError(ValueError):
@@ -38,3 +39,16 @@ def is_whole(value: object) -> bool:
     (True, False, False)
     """
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def checked_whole(name: str, value: Any, least: int) -> int:
+    """Return a whole number of at least `least` as Python's own; anything else is an `InputError`.
+
+    >>> checked_whole("seeds", 2.5, 1)
+    Traceback (most recent call last):
+    ...
+    unrecurrent.errors.InputError: seeds must be a whole number of at least 1, not 2.5
+    """
+    if is_whole(value) and value >= least:
+        return int(value)
+    raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")

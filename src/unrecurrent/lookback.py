@@ -21,7 +21,7 @@ import torch
 
 from unrecurrent.bands import resampling_weights
 from unrecurrent.checkpoint import load_model
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, checked_whole
 from unrecurrent.jobs import job_folder, refuse_diverged, run_jobs
 from unrecurrent.knee import Knee, Trained, judge_all
 from unrecurrent.memory import MemoryProfile, measure_memory
@@ -390,8 +390,7 @@ def look_back(
     found = get_task(task, data_dir=Path(data_dir) if data_dir else None)
     if not isinstance(found, SeriesTask):
         raise InputError(f"{task!r} is no time series: give a CSV file, or one of ETTh1, tanks and F16")
-    if seeds < 1:
-        raise InputError(f"seeds must be at least 1, not {seeds}")
+    seeds = checked_whole("seeds", seeds, 1)
     if not (weight_decay is None or 0 <= weight_decay < math.inf):
         raise InputError(f"weight_decay must be 0 or more, not {weight_decay}")
     if not 0 < delta < 1:

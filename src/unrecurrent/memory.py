@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unrecurrent.bands import COVERAGE, Decay, band_of_means, resampling_weights, spread_lags
 from unrecurrent.certificate import Certificate
-from unrecurrent.errors import InputError, is_whole
+from unrecurrent.errors import InputError, checked_whole
 from unrecurrent.layer_memory import LANES, LayerMemory, NotSeen, measure_layer
 from unrecurrent.progress import progress_bars
 from unrecurrent.reading import Piece, Reader
@@ -50,6 +50,11 @@ class MemoryProfile:
     this truncation curve stand, where they could be measured, `gradient_decay` (‖∂ loss_{t+j} / ∂ x_t‖ against j; of a
     random mixture of the outputs where `scale` is given) and one `LayerMemory` for each recurrent layer: forgetting
     curve, local rates, Lyapunov exponents, certificate.
+
+    >>> losses = np.array([[0.9, 0.7], [0.5, 0.5], [0.4, 0.4]])
+    >>> profile = MemoryProfile(ks=(1, 2, 4), losses=losses, full_losses=np.array([0.4, 0.4]))
+    >>> profile.k(0.01), profile.k(0.5)
+    (4, 2)
     """
 
     ks: tuple[int, ...]
@@ -354,12 +359,12 @@ def _check_settings(
     if ks is not None and not len(ks):
         raise InputError("ks is empty: give the truncation lengths to measure, or leave it out")
     for k in () if ks is None else ks:
-        _check_whole("each of ks", k, 1)
+        checked_whole("each of ks", k, 1)
     for name, value in counts.items():
-        _check_whole(name, value, 1)
-    _check_whole("seed", seed, 0)
+        checked_whole(name, value, 1)
+    checked_whole("seed", seed, 0)
     if exponents != "all":
-        _check_whole("exponents", exponents, 0)
+        checked_whole("exponents", exponents, 0)
     if not (isinstance(delta, Real) and 0 <= delta < math.inf):
         raise InputError(f"delta must be a share of the loss, 0 or more, not {delta}")
 
@@ -367,11 +372,6 @@ def _check_settings(
 def _check_scale(scale: float | None) -> None:
     if scale is not None and not (isinstance(scale, Real) and 0 <= scale < math.inf):
         raise InputError(f"scale must be what delta is a share of, 0 or more, not {scale}")
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not (is_whole(value) and value >= least):  # type: ignore[operator]
-        raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 def _pairs(data: Iterable[Any], model: Any) -> list[Pair]:

@@ -4,9 +4,9 @@ The figures for music come from `compare jsb --trials`, the same draws for every
 A stable model is trained with the settings of its unconstrained twin, the protocol of Miller and Hardt (2019).
 """
 
-import math
 from dataclasses import dataclass, field, replace
 
+from unrecurrent.errors import as_number
 from unrecurrent.models import Settings
 from unrecurrent.tasks.series import SeriesTask
 from unrecurrent.tasks.task import Task
@@ -232,8 +232,10 @@ def find_recipe(task: Task, model: str, epochs: float | None = None) -> Recipe:
         recipe = replace(recipe, training=_sized(recipe.training, train_steps(task)))
     if epochs is None:
         return recipe
-    whole = int(epochs) if math.isfinite(epochs) and epochs == int(epochs) else epochs  # 6.0 is the same run as 6
-    return replace(recipe, training=replace(recipe.training, epochs=whole))
+    number = as_number(epochs)
+    if number is not None:  # what is no number the configuration refuses
+        epochs = int(number) if number.is_integer() else number  # 6.0 is the same run as 6
+    return replace(recipe, training=replace(recipe.training, epochs=epochs))
 
 
 def _recipes_of(task: Task) -> dict[str, Recipe]:

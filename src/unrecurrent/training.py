@@ -18,7 +18,7 @@ from unrecurrent.batches import Batch, scoring_columns, sequence_batches, stream
 from unrecurrent.beam_search import beam_search
 from unrecurrent.cells import find_recurrent
 from unrecurrent.checkpoint import TRAINING, load_tensors, save_model, save_tensors
-from unrecurrent.errors import Diverged, InputError
+from unrecurrent.errors import Diverged, InputError, as_number, checked_whole
 from unrecurrent.files import make_folder, write_text
 from unrecurrent.models import Cache, Interface, SequenceModel, Settings, build_model, parameter_count
 from unrecurrent.optimizer_step import OptimizerStep
@@ -30,6 +30,8 @@ LOG = "log.jsonl"
 SCORING_PIECE = 256
 
 
+#: how many seeds there are; torch takes more, but not times a million, as the order of an epoch asks for
+SEEDS = 2**32
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -73,14 +75,10 @@ class TrainingConfig:
         for name, known in (*choices, ("softmax", tuple(_DTYPES))):
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        for name in (
-            "epochs",
-            "learning_rate",
-            "recurrent_learning_rate_factor",
-            "batch_size",
-            "piece",
-            "clip_norm",
-        ):
+        for name in ("epochs", "learning_rate", "recurrent_learning_rate_factor"):
+            if (as_number(getattr(self, name)) or 0) <= 0:
+                raise InputError(f"{name} must be positive and finite, not {getattr(self, name)!r}")
+        for name in ("batch_size", "piece", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
         own_decay = () if self.recurrent_weight_decay is None else ("recurrent_weight_decay",)
@@ -89,6 +87,8 @@ class TrainingConfig:
                 raise InputError(f"{name} must be at least 0 and finite, not {getattr(self, name)}")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience must be at least 1, not {self.patience}")
+        if checked_whole("seed", self.seed, 0) >= SEEDS:
+            raise InputError(f"seed must be smaller than {SEEDS:,}, not {self.seed}")
 
     def identity(self) -> dict[str, Any]:
         """Return what tells one training from another: every field, but for new ones that leave things as they were."""
@@ -545,10 +545,12 @@ def find_device(name: str | torch.device) -> torch.device:
     """Return the device of that name; one that is not there is an `InputError`."""
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"unknown device {name!r}: write cpu, cuda, or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device on this machine: train on cpu")
+    try:  # only torch knows what it can compute on here, and it has no one error for what it cannot
+        torch.ones((), device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"there is no device {str(device)!r} on this machine: train on cpu") from error
     return device
 
 

@@ -13,7 +13,7 @@ MARGIN = 0.01
 CONFIDENCE = 0.95
 
 RULES = (
-    "The best recurrent and the best feed-forward model are chosen by their mean validation loss and judged by"
+    "The best recurrent and the best feed-forward model are chosen by their mean validation metric and judged by"
     " their test metric.",
     f"No: with {CONFIDENCE:.0%} confidence (one-sided, Welch's t over the seeds) the feed-forward model is worse by"
     f" less than {MARGIN:.0%} of the recurrent model's metric, or better.",

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import torch
 
-from unrecurrent.errors import InputError
+from unrecurrent.errors import InputError, checked_whole
 from unrecurrent.models.sequence_model import (
     Cache,
     Interface,
@@ -126,7 +126,7 @@ def match_parameters(
     """Return the settings with the `hidden_size` whose parameter count comes nearest to `parameters`.
 
     Raises:
-        InputError: no width comes within `tolerance` of the count; choose a larger budget or fewer layers.
+        InputError: no such count, or no width comes within `tolerance` of it; choose a larger one or fewer layers.
 
     >>> piano = Interface(None, 88, 88)
     >>> size = match_parameters("lstm", piano, {}, 100_000)["hidden_size"]
@@ -134,6 +134,7 @@ def match_parameters(
     True
     """
 
+    parameters = checked_whole("parameters", parameters, 1)
     if parameters > MOST_PARAMETERS:
         raise InputError(f"{parameters:,} parameters are too many to search a width for: at most {MOST_PARAMETERS:,}")
 
@@ -150,7 +151,7 @@ def match_parameters(
     width = min((low, high), key=lambda w: abs(count(w) - parameters))
     if abs(count(width) / parameters - 1) > tolerance:
         raise InputError(
-            f"no width of {name!r} comes within {tolerance:.0%} of {parameters:,} parameters"
+            f"no width of {name!r} comes within {tolerance:.1%} of {parameters:,} parameters"
             f" (nearest {count(width):,}): choose a larger budget or fewer layers"
         )
     return {**settings, "hidden_size": width}

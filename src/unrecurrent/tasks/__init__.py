@@ -81,6 +81,8 @@ def get_task(name: str, *, data_dir: Path | None = None) -> Task:
     >>> get_task("jsb").metric.unit
     'nats a step'
     """
+    if not isinstance(name, str):
+        raise InputError(f"a task is given by its name, as in 'jsb' or 'text:FILE', not as {name!r}")
     if name.startswith(_TEXT):
         if name == _TEXT:
             raise InputError("the task text: needs a file: write text:FILE with the path of a UTF-8 text file")
