@@ -53,7 +53,7 @@ record names; this page by `make results`.
 - *against its free twin*: the same settings and training, and no constraint. *article*: Miller 2018; its models have
   other sizes and settings.
 - *rate*, *horizon* (**proved**, for every text): in the norm of the certificate two states come closer by the rate with
-  each word, and words further back than the horizon change the state by at most 0.01
+  each word, and leaving out all words further back than the horizon changes the state by at most 0.01
   ([docs/certificates.md](../../docs/certificates.md)). Proved over the rows of the embedding table; behind a
   convolution, over any input. Rates are rounded up.
 - *k\\** (**estimate**, 4,096 positions of the test text): the smallest of {lengths}

@@ -277,15 +277,35 @@ class Leaky(nn.RNN):
         return hidden, last if hx is None else 0.999 * hx + 0.001 * last
 
 
-def test_layers_that_do_more_than_their_weights_say_are_refused() -> None:
-    hooked = nn.GRU(2, 3)
-    hook = hooked.register_forward_hook(lambda layer, args, output: (5 * output[0], 5 * output[1]))
-    for module, words in ((Leaky(2, 3), "methods of its own"), (hooked, "forward hooks")):
+class Tripled(nn.RNN):
+    """A layer that runs with other weights than it has."""
+
+    @property
+    def _flat_weights(self) -> list[torch.Tensor]:
+        return [3 * weight for weight in self._parameters.values() if weight is not None]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: object) -> None:
+        """Let `nn.RNN` set them."""
+
+
+class Frozen(nn.RNN):
+    """A layer that stays in evaluation mode: what it computes is torch's."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        return super().train(False)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_layers_that_do_not_do_what_their_weights_say_are_refused() -> None:
+    normed = nn.utils.weight_norm(nn.RNN(2, 3), "weight_hh_l0")
+    for module, words in ((Leaky(2, 3), "methods"), (Tripled(2, 3), "methods"), (normed, "weight_norm")):
         with pytest.raises(InputError, match=words):
             find_recurrent(module)
-    hook.remove()
-    hooked.register_forward_pre_hook(lambda layer, args: (args[0].clamp(-1, 1), *args[1:]))
-    assert find_recurrent(hooked) == [("", hooked)]
+    parametrized = nn.RNN(2, 3)
+    nn.utils.parametrizations.weight_norm(parametrized, "weight_hh_l0")
+    for module in (Frozen(2, 3), parametrized):
+        assert find_recurrent(module) == [("", module)]
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

@@ -792,3 +792,18 @@ def test_certify_where_gradients_are_off(make, mode):
     rate = certify(layer, input_bound=1.0).rate
     with mode():
         assert certify(layer, input_bound=1.0).rate == pytest.approx(rate, rel=1e-9)
+
+
+def test_hooks_are_outside_of_what_is_certified():
+    layer = nn.RNN(2, 3)
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(torch.eye(3) / 2)
+    hook = layer.register_forward_pre_hook(lambda layer, args: (50 * args[0], *args[1:]))
+    assert any("within its hooks" in sentence for sentence in certify(layer).assumptions)
+    with pytest.raises(InputError, match="hooks that may change what it reads"):
+        certify(layer, inputs=torch.randn(5, 2))
+    outer = nn.Sequential(layer)
+    behind = certify(outer, inputs=torch.ones(5, 2))
+    assert behind.holds_for(50 * torch.ones(1, 1, 2))
+    hook.remove()
+    assert not any("hooks" in sentence for sentence in certify(layer).assumptions)

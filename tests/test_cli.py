@@ -51,7 +51,7 @@ def test_training_resumes_and_certificate_is_shown(checkpoint, story, capsys, mo
     code, out, _ = run(capsys, monkeypatch, "certify", checkpoint)
     assert code == 0
     assert "stable, rate" in out
-    assert "Proved: inputs more than" in out
+    assert "Proved: leaving out inputs more than" in out
     code, out, _ = run(capsys, monkeypatch, "certify", checkpoint, "--json", "--eps", 0.001)
     assert json.loads(out)["horizon"] > 0
     words = ("train", f"text:{story}", "--model", "stable-rnn", "--out", checkpoint, "--parameters", 5000)
@@ -73,7 +73,7 @@ def test_behind_a_convolution_what_is_proved_is_said_of_what_it_passes_on(tmp_pa
     code, out, _ = run(capsys, monkeypatch, "certify", folder, "--input-bound", 1.0)
     assert code == 0
     assert "when they reach the layer" in out
-    assert f"Proved: inputs more than {of_the_layers + 3} steps back" in out
+    assert f"Proved: leaving out inputs more than {of_the_layers + 3} steps back (3 of them in the convolution" in out
 
 
 def test_the_report_of_measure_gets_its_folder_first(checkpoint, tmp_path, capsys, monkeypatch):

@@ -240,6 +240,22 @@ def test_a_bound_of_the_features_is_one_of_what_a_convolution_makes_of_them():
     assert model.certificate(input_bound=2.0).holds_for(torch.full((1, 1, 5), bound * (1 - 1e-6)))
 
 
+def test_inputs_and_bounds_that_are_none_get_one_sentence():
+    model = build_model("lstm", PIANO, {"hidden_size": 5, "input_kernel": 2})
+    unfit = [
+        ({"inputs": []}, "inputs is empty"),
+        ({"inputs": torch.zeros(9, 5)}, r"list of sequences"),
+        ({"inputs": [torch.zeros(9, 4)]}, "reads 5 features"),
+        ({"input_bound": -0.01}, "input_bound"),
+        ({"input_bound": True}, "input_bound"),
+    ]
+    for given, words in unfit:
+        with pytest.raises(InputError, match=words):
+            model.certificate(**given)
+    doubled = model.certificate(inputs=iter([torch.zeros(9, 5).double()]))
+    assert doubled.holds_for(model.layer_inputs(torch.zeros(1, 9, 5), model.init_cache(1)[2:])[0])
+
+
 def test_models_of_symbols_are_certified_for_all_there_are():
     for settings in ({}, {"input_kernel": 2}):
         model = build_model("certified-lstm", TEXT, {"hidden_size": 5, **settings})

@@ -328,6 +328,18 @@ def test_layers_called_step_by_step_are_measured_as_in_one_call():
     assert "'layer' is called for every step with other states" in changed.notes[0]
 
 
+def test_a_layer_that_reads_two_sequences_step_by_step_is_measured_on_the_first():
+    class Both(LayerStepByStep):
+        def forward(self, x):
+            return super().forward(x) + super().forward(x.flip(1).cumsum(1)).mean(1, keepdim=True) * 0
+
+    once, twice = LayerStepByStep(True), Both(True)
+    twice.load_state_dict(once.state_dict())
+    data = [(torch.randn(30, 2), torch.zeros(30, 3))]
+    first, both = (measure_memory(model, data, squared, positions=20, steps=30) for model in (once, twice))
+    np.testing.assert_allclose(both.forgetting.values, first.forgetting.values, atol=1e-6)
+
+
 def test_a_layer_seen_in_no_state_but_its_start_is_not_said_to_forget():
     profile = measure_memory(
         Readout(nn.LSTM(2, 3, batch_first=True)), [(torch.randn(1, 2), torch.zeros(1, 1))], squared

@@ -980,7 +980,7 @@ def is_recurrent(module: nn.Module) -> bool:
 def find_recurrent(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The recurrent layers in `module` with their names, in its order, or `InputError` where one cannot be handled.
 
-    A layer found is causal (not bidirectional), has no projection, and finite weights.
+    A layer found is causal (not bidirectional), has no projection, finite weights, and does what these say.
 
     >>> [name for name, _ in find_recurrent(nn.Sequential(nn.Linear(2, 3), nn.RNNCell(3, 4)))]
     ['1']
@@ -1010,7 +1010,7 @@ def check_module(module: object) -> None:
 def check_recurrent(layer: nn.Module, name: str = "") -> None:
     """Raise `InputError` in one sentence for a layer whose weights do not say all it does, or are not finite.
 
-    Hooks that run before the layer are left alone: they make its inputs, and all is said of the inputs it gets.
+    Hooks are left alone: all is said of the inputs that the layer gets, and of what it makes of them.
     """
     label = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
     if getattr(layer, "bidirectional", False):
@@ -1019,8 +1019,11 @@ def check_recurrent(layer: nn.Module, name: str = "") -> None:
         raise InputError(f"{label} has proj_size={layer.proj_size}: give an LSTM without a projection")
     if is_replaced(layer):
         raise InputError(f"{label} has methods of its own, of which its weights say nothing: give the plain layer")
-    if layer._forward_hooks:
-        raise InputError(f"{label} has forward hooks, which may change what its weights say: remove them first")
+    if any(isinstance(value, Tensor) for value in vars(layer).values()):
+        raise InputError(
+            f"{label} has weights that a hook makes anew in each call (weight_norm, spectral_norm): remove it, or use"
+            " torch.nn.utils.parametrizations"
+        )
     if any(value.is_meta for value in layer.parameters()):
         raise InputError(f"{label} is on the meta device, where weights have no values: load them first")
     for tensor, value in (*layer.named_parameters(), *layer.named_buffers()):

@@ -640,7 +640,8 @@ def certify(
             "miller-hardt" (RNN and LSTM: the sufficient conditions of Miller and Hardt, ICLR 2019).
 
     Raises:
-        InputError: bidirectional or projected layers, weights or inputs that are not finite, no recurrent layer, more
+        InputError: bidirectional or projected layers, layers whose weights do not say what they compute (methods of
+            their own, weights that a hook makes anew), weights or inputs that are not finite, no recurrent layer, more
             than one of inputs, input_bound and embedding, shapes that do not fit, or a method the layer does not have.
 
     >>> rnn = nn.RNN(3, 4)
@@ -684,6 +685,11 @@ def certify_in_norms(
     found = find_recurrent(module)
     if h0 is not None and len(found) > 1:
         raise InputError(f"h0 belongs to one layer, but the module holds {len(found)}: certify them one by one")
+    if is_recurrent(module) and module._forward_pre_hooks and (inputs is not None or embedding is not None):
+        raise InputError(
+            f"{type(module).__name__} has hooks that may change what it reads: give the model that holds it, with"
+            " inputs=, or what the layer reads behind them as input_bound="
+        )
     if inputs is not None and not is_recurrent(module):
         allowed = _capture(module, found, inputs)
     else:
@@ -963,6 +969,8 @@ def _assumptions(layer: nn.Module, layout: StateLayout, allowed: _Allowed, start
     sentences = [allowed.sentence, states if start is None else f"{states}, widened where needed to hold the given h0"]
     if getattr(layer, "dropout", 0) and layout.layers > 1:
         sentences.append("evaluation mode, without dropout between the layers")
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        sentences.append("what the layer reads and returns within its hooks, not before and behind them")
     sentences.append(
         "the present weights in real arithmetic (computed in float64, ranges widened by 1e-12); "
         "running in float32 adds rounding of about 1e-7 / (1 - rate)"

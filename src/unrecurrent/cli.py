@@ -302,7 +302,11 @@ def _show_certificates(
     for name, certificate in certificates.items():
         print(certificate if len(certificates) == 1 else f"{name}: {certificate}")
         if (horizon := horizons[name]) is not None:
-            print(f"Proved: {whose} more than {horizon:,} steps back change the hidden state by at most {eps:g}.")
+            beside = f" ({reach} of them in the convolution before the layer)" if reach else ""
+            print(
+                f"Proved: leaving out {whose} more than {horizon:,} steps back{beside} changes the hidden state by at"
+                f" most {eps:g}."
+            )
 
 
 @app.command(epilog="Example: unrecurrent lookback ETTh1.csv --target OT --horizon 24 --report lookback.html")

@@ -202,8 +202,10 @@ def compare(
     positions = checked_whole("positions", positions, 1)
     if parameters is not None:
         parameters = checked_whole("parameters", parameters, 1)
-    if minutes is not None and (epochs is not None or (as_number(minutes) or 0) <= 0):
-        raise InputError(f"give either epochs or a positive number of minutes, not {epochs} and {minutes}")
+    if minutes is not None:
+        given, minutes = minutes, as_number(minutes)
+        if epochs is not None or minutes is None or minutes <= 0:
+            raise InputError(f"give either epochs or a positive number of minutes, not {epochs} and {given}")
     contenders = _contenders(models)
     found = get_task(task, data_dir=Path(data_dir) if data_dir else None)
     contenders = contenders or [Contender.parse(text) for text in default_models(found)]
@@ -416,13 +418,14 @@ def proved(model: SequenceModel, task: Task) -> dict[str, float | int | None]:
 
     The horizon is one of the model's inputs: where a convolution stands before the layers, it is longer than theirs.
     """
-    certificate = certificate_on_data(model, task) if isinstance(model, RecurrentModel) else None
-    if certificate is None or not certificate.stable:
-        return {"certified_rate": None, "certified_horizon": None}
+    nothing: dict[str, float | int | None] = {"certified_rate": None, "certified_horizon": None}
+    if not isinstance(model, RecurrentModel):
+        return nothing
+    certificate = certificate_on_data(model, task)
+    if not certificate.stable:
+        return nothing
     horizon = certificate.horizon(HORIZON_EPS)
-    if horizon is not None and isinstance(model, RecurrentModel):
-        horizon += model.reach
-    return {"certified_rate": certificate.rate, "certified_horizon": horizon}
+    return {"certified_rate": certificate.rate, "certified_horizon": None if horizon is None else horizon + model.reach}
 
 
 def _training(result: Mapping[str, Any], metric: Metric) -> dict[str, Any]:

@@ -42,13 +42,14 @@ def is_whole(value: object) -> bool:
 
 
 def checked_whole(name: str, value: Any, least: int) -> int:
-    """Return a whole number of at least `least` as Python's own; anything else is an `InputError`.
+    """Return a whole number of at least `least` as Python's own, from 1e5 too; anything else is an `InputError`.
 
     >>> checked_whole("seeds", 2.5, 1)
     Traceback (most recent call last):
     ...
     unrecurrent.errors.InputError: seeds must be a whole number of at least 1, not 2.5
     """
-    if is_whole(value) and value >= least:
-        return int(value)
+    number = value if is_whole(value) else as_number(value)
+    if number is not None and number == int(number) and number >= least:
+        return int(number)
     raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")

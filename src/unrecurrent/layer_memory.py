@@ -163,11 +163,13 @@ def _other_starts(segments: Sequence[Segment], visited: Tensor) -> tuple[list[Se
     for number, segment in enumerate(segments):
         shifted = flat.roll(-number * count, 0)
         unlike = shifted[(shifted != segment.start).any(1)]
+        if not (len(unlike) or segment.start.any()):
+            continue
+        picked = (unlike if len(unlike) else shifted).repeat(count, 1)[:count].clone()
         if segment.start.any():
-            unlike = torch.cat([torch.zeros_like(segment.start)[None], unlike])
-        if len(unlike):
-            kept.append(segment)
-            rows.append(unlike.repeat(count, 1)[:count])
+            picked[0] = 0.0
+        kept.append(segment)
+        rows.append(picked)
     if not rows:
         raise NotSeen("was seen in no state but its start: give longer sequences")
     return kept, torch.stack(rows)

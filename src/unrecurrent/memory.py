@@ -214,8 +214,8 @@ def _verdict(profile: MemoryProfile, delta: float) -> Iterator[str]:
     proved = [certificate.horizon(small) for certificate in profile.certificates]
     if len(profile.layers) == 1 and proved and proved[0] is not None:
         yield (
-            "proved of the recurrent layer, for inputs of its own in the range seen here: those more than"
-            f" {proved[0]:,} steps back change its state by at most {small:g}"
+            "proved of the recurrent layer, for inputs of its own in the range seen here: leaving out those more than"
+            f" {proved[0]:,} steps back changes its state by at most {small:g}"
         )
     yield _window_in_words(profile, delta)
 

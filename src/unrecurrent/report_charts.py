@@ -429,8 +429,8 @@ def _certificate_chart(view: View) -> Chart | None:
     traces += [_certificate_marks(view, rows, "estimate"), _certificate_marks(view, rows, "proved")]
     caption = (
         "Open circle: k*, measured in the loss on this task's data. Filled diamond: the certified horizon, "
-        "after which older inputs change the hidden state by at most 0.01, for every input the certificate "
-        "covers. They answer different questions: the ratio says how cautious the proof is."
+        "where leaving out all older inputs changes the hidden state by at most 0.01, for every input the "
+        "certificate covers. They answer different questions: the ratio says how cautious the proof is."
     )
     return Chart(
         id="chart-certificate",

@@ -577,8 +577,8 @@ class Constraint:
         """What is remembered from step to step, for a training run that is to resume bit for bit."""
         return {
             "steps": self._steps,
-            "memory": [policy.memory() for policy in self._policies],
-            "drives": [policy.known_drive() for policy in self._policies],
+            "memory": [_copy(policy.memory()) for policy in self._policies],
+            "drives": [_copy(policy.known_drive()) for policy in self._policies],
             "weights": _digest(self._weights()),
         }
 
@@ -639,8 +639,12 @@ class Constraint:
             self._hook = None
 
 
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
 def _digest(weights: Sequence[Tensor]) -> str:
-    return tensor_digest((str(number), weight) for number, weight in enumerate(weights))
+    return tensor_digest((str(number), weight.double()) for number, weight in enumerate(weights))
 
 
 def _shapes(tensors: Sequence[Tensor | None]) -> list[torch.Size | None]:

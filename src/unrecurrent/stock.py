@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
+#: the methods of a module by which it computes
+_COMPUTING = {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward"}
 #: what a subclass may define, beside special methods, without changing what a layer computes
-_HARMLESS = {"extra_repr", "reset_parameters"}
+_HARMLESS = {*vars(nn.Module), "extra_repr", "reset_parameters", "flatten_parameters"} - _COMPUTING
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -17,8 +19,8 @@ def is_stock(module: nn.Module) -> bool:
 
 def is_replaced(layer: nn.Module) -> bool:
     """Whether a recurrent layer has a method, of its class or put on it, of which its weights say nothing."""
-    values = {name: value for name, value in vars(layer).items() if name != "_compiled_call_impl"}
-    patched = any(callable(value) and hasattr(type(layer), name) for name, value in values.items())
+    own = vars(layer).keys() - _HARMLESS - {"_compiled_call_impl"}
+    patched = any(callable(vars(layer)[name]) and hasattr(type(layer), name) for name in own)
     home = type(layer).forward.__module__
     known = home == nn.RNNBase.__module__ or home.startswith(f"{__package__}.")
     return not known or patched or _overridden(type(layer))
@@ -26,7 +28,7 @@ def is_replaced(layer: nn.Module) -> bool:
 
 def _overridden(kind: type) -> bool:
     """Whether a class from elsewhere puts something of its own in the place of what a layer has."""
-    known = {name for parent in kind.__mro__ if _is_ours(parent) for name in vars(parent)}
+    known = {"_flat_weights", *(name for parent in kind.__mro__ if _is_ours(parent) for name in vars(parent))}
     foreign = {name for parent in kind.__mro__ if not _is_ours(parent) for name in vars(parent)}
     return bool({name for name in foreign & known if not name.startswith("__") or name == "__call__"} - _HARMLESS)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,12 +76,13 @@ class TrainingConfig:
         for name, known in (*choices, ("softmax", tuple(_DTYPES))):
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        for name in ("batch_size", "piece"):
+            checked_whole(name, getattr(self, name), 1)
         for name in ("epochs", "learning_rate", "recurrent_learning_rate_factor"):
             if (as_number(getattr(self, name)) or 0) <= 0:
                 raise InputError(f"{name} must be positive and finite, not {getattr(self, name)!r}")
-        for name in ("batch_size", "piece", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, not {getattr(self, name)}")
+        if not (isinstance(self.clip_norm, Real) and self.clip_norm > 0):
+            raise InputError(f"clip_norm must be positive, not {self.clip_norm!r}")
         own_decay = () if self.recurrent_weight_decay is None else ("recurrent_weight_decay",)
         for name in ("sampled_words", "weight_decay", *own_decay):
             if not 0 <= getattr(self, name) < math.inf:
@@ -550,7 +552,8 @@ def find_device(name: str | torch.device) -> torch.device:
     try:  # only torch knows what it can compute on here, and it has no one error for what it cannot
         torch.ones((), device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"there is no device {str(device)!r} on this machine: train on cpu") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"the device {str(device)!r} cannot be used here ({reason}): train on cpu") from error
     return device
 
 

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -173,13 +173,12 @@ class Tap:
         needed = [w for sequence in group for w in wanted.get(sequence, ()) if _overlaps(w, piece, carried)]
         if not needed:
             return
-        if any(not later.goes_on(earlier) for earlier, later in pairwise(calls)):
-            calls = calls[:1]  # the layer reads several sequences, of which one will do
-        x, starts = self._joined(calls)
+        # Where the layer goes on to read something else, the first will do.
+        x, starts = self._joined(calls[: 1 + sum(takewhile(bool, (b.goes_on(a) for a, b in pairwise(calls))))])
         if x.shape[1] != len(group):
             self.missed = f"reads a batch of {x.shape[1]} where the model reads {len(group)}, so rows have no sequence"
             return
-        if len(x) == 1 < piece.outputs.shape[1]:
+        if len(x) == 1 < len(calls):
             self.missed = "is called for every step with other states than it returned, so none can be followed"
             return
         for w in needed:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unrecurrent.errors import InputError
-from unrecurrent.models.sequence_model import Interface, SequenceModel
+from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel
 
 
 class BoundedInputs(SequenceModel):
@@ -32,8 +32,8 @@ class BoundedInputs(SequenceModel):
         if self.embedding is not None:
             self.embedding.weight.clamp_(-self.input_bound, self.input_bound)
 
-    def clipped(self, encoded: Tensor) -> Tensor:
+    def layer_inputs(self, encoded: Tensor, queues: Cache) -> tuple[Tensor, Cache]:
         """Return features clipped to the bound in evaluation mode; anything else as it is."""
-        if self.embedding is not None or self.training:
-            return encoded
-        return encoded.clamp(-self.input_bound, self.input_bound)
+        if self.embedding is None and not self.training:
+            encoded = encoded.clamp(-self.input_bound, self.input_bound)
+        return encoded, queues

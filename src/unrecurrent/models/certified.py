@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from unrecurrent.models.bounded import BoundedInputs
 from unrecurrent.models.recurrent import GRU, LSTM, RNN, RecurrentModel
-from unrecurrent.models.sequence_model import Cache, Interface
+from unrecurrent.models.sequence_model import Interface
 from unrecurrent.stability import StableGRU, StableLSTM, StableRNN
 
 RATE = 0.98
@@ -45,6 +43,3 @@ class CertifiedGRU(BoundedInputs, Certified, GRU):
 
     def project(self) -> None:
         self.clip_embedding()
-
-    def layer_inputs(self, encoded: Tensor, queues: Cache) -> tuple[Tensor, Cache]:
-        return super().layer_inputs(self.clipped(encoded), queues)

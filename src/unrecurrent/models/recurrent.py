@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unrecurrent.certificate import Certificate, certify, check_points
+from unrecurrent.certificate import Certificate, certify, check_points, checked_bound
 from unrecurrent.errors import InputError
 from unrecurrent.models.causal_conv import CausalConv1d
 from unrecurrent.models.sequence_model import Cache, Interface, SequenceModel, encoded_size
@@ -116,23 +116,27 @@ class RecurrentModel(SequenceModel):
                 )
             return certify(self.recurrence, embedding=self.embedding if self.front is None else None, method=method)
         if self.front is not None and input_bound is not None:
-            input_bound = self.front.bound(input_bound)
-        seen = None if inputs is None else self._seen(inputs)
+            input_bound = self.front.bound(checked_bound(input_bound))
+        seen = None if inputs is None else self._seen(list(inputs))
         return certify(self.recurrence, inputs=seen, input_bound=input_bound, method=method)
 
     @torch.no_grad()
-    def _seen(self, sequences: Sequence[Tensor]) -> Tensor:
+    def _seen(self, sequences: list[Tensor]) -> Tensor:
         """Return all that the layers read of some sequences of features in evaluation mode, `(N, D)`."""
         for features in sequences:
             check_points(features, int(self.interface.features or 0), "inputs")
+            if features.dim() != 2:
+                raise InputError("inputs must be a list of sequences (steps, features)")
+        if not sequences:
+            raise InputError("inputs is empty: give at least one sequence")
         if self.front is None:
-            sequences = [torch.cat([features.flatten(0, -2) for features in sequences])]
-        was, _ = self.training, self.eval()
+            sequences = [torch.cat(sequences)]
+        queues = self.init_cache(1)[self.state_parts :]
+        self.training, was = False, self.training
         try:
-            queues = self.init_cache(1)[self.state_parts :]
-            read = [self.layer_inputs(features[None].to(self.device), queues)[0] for features in sequences]
+            read = [self.layer_inputs(features[None].to(self.readout.weight), queues)[0] for features in sequences]
         finally:
-            self.train(was)
+            self.training = was
         return torch.cat(read, 1)[0]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from unrecurrent.models.bounded import BoundedInputs
 from unrecurrent.models.certified import RATE
 from unrecurrent.models.recurrent import LSTM
-from unrecurrent.models.sequence_model import Cache, Interface
+from unrecurrent.models.sequence_model import Interface
 from unrecurrent.stability import Constraint, stabilize
 
 #: steps after which the range of the drive over the whole embedding table is computed anew
@@ -55,9 +55,6 @@ class PlainLSTM(BoundedInputs, LSTM):
             self.constraint.project()
         else:
             self.constraint.hold()
-
-    def layer_inputs(self, encoded: Tensor, queues: Cache) -> tuple[Tensor, Cache]:
-        return super().layer_inputs(self.clipped(encoded), queues)
 
 
 def _forget_constraint(model: PlainLSTM, _: object) -> None:

@@ -5,11 +5,9 @@ They are held by projection after each optimizer step; the kernels stay torch's 
 
 from typing import Any
 
-from torch import Tensor
-
 from unrecurrent.models.bounded import BoundedInputs
 from unrecurrent.models.recurrent import LSTM, RNN
-from unrecurrent.models.sequence_model import Cache, Interface
+from unrecurrent.models.sequence_model import Interface
 from unrecurrent.stability import StableRNN as StableRNNLayer
 from unrecurrent.stability import stabilize
 
@@ -39,6 +37,3 @@ class StableLSTM(BoundedInputs, LSTM):
     def project(self) -> None:
         self.clip_embedding()
         stabilize(self.recurrence, method="miller-hardt", input_bound=self.input_bound)
-
-    def layer_inputs(self, encoded: Tensor, queues: Cache) -> tuple[Tensor, Cache]:
-        return super().layer_inputs(self.clipped(encoded), queues)
