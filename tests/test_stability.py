@@ -29,7 +29,7 @@ from unrecurrent.projections import (
     first_basis,
     project_rows_,
 )
-from unrecurrent.stability import Constraint, StableGRU, StableLSTM, StableRNN, _BoxDrive, stabilize
+from unrecurrent.stability import Constraint, StableGRU, StableLSTM, StableRNN, _BoxDrive, _TableDrive, stabilize
 
 
 def large(module, factor=4.0):
@@ -144,6 +144,36 @@ def test_compiled_drive_agrees_with_its_reference():
         untouched = drive.highest(given[0]) + given[1] + given[2] <= room
         assert torch.equal(ours[untouched], before[untouched])
     assert (drive.highest(compiled[0]) + compiled[1] + compiled[2] <= room + 2e-5).all()
+
+
+def test_a_gate_is_turned_away_from_the_input_that_drives_it_furthest():
+    """By the nearest change: along that input, by no more than takes the excess off."""
+    torch.manual_seed(0)
+    table = torch.randn(40, 6)
+    drive, weight = _TableDrive(lambda: table), torch.randn(5, 6)
+    biases = (torch.randn(5), torch.randn(5))
+    before = [weight.clone(), *(bias.clone() for bias in biases)]
+    drive.refresh(weight)
+    furthest = table[(table @ weight.t()).argmax(0)]
+    assert torch.equal(drive.furthest, furthest)
+    excess = torch.tensor([1.0, 0.5, 0.0, -2.0, 4.0])
+    drive.turn_(weight, biases, excess)
+    sums = [(furthest * w).sum(1) + b + c for w, b, c in (before, (weight, *biases))]
+    torch.testing.assert_close(sums[0] - sums[1], excess.clamp_min(0))
+    step = before[1] - biases[0]
+    torch.testing.assert_close(before[0] - weight, step.unsqueeze(1) * furthest)
+    torch.testing.assert_close(before[2] - biases[1], step)
+    torch.testing.assert_close(drive.values, (table @ weight.t()).amax(0))
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_few_large_inputs_do_not_shut_the_gate_for_all(coupled):
+    torch.manual_seed(0)
+    lstm, table = nn.LSTM(6, 8), torch.cat([torch.randn(40, 6), 60 * torch.randn(2, 6)])
+    constraint = stabilize(lstm, rate=0.99, inputs=table, coupled=coupled)
+    assert constraint.certificate().rate <= 0.99
+    forget = torch.sigmoid(table[:40] @ lstm.weight_ih_l0[8:16].t() + (lstm.bias_ih_l0 + lstm.bias_hh_l0)[8:16])
+    assert forget.median() > 0.25
 
 
 def test_no_other_budget_can_be_kept_with_half_the_change():

@@ -66,6 +66,8 @@ FIRST_FIT = 30
 # The smallest ceiling of a gate that is told from a gate that is shut.
 SHUT = 1e-30
 DRIVE_ROUNDS = 8
+# How often a gate is turned away from the inputs that drive it furthest, each time all of them are read.
+TURNS = 4
 # What the rows of the gate that keeps the state are taken to sum up to where they have to be cut down anyway, and the
 # rounding of its arguments.
 LIKELY_ROWS = 1.0
@@ -188,17 +190,35 @@ class _BoxDrive(_Drive):
 
 
 class _TableDrive(_Drive):
-    """A finite set of inputs, rows `(N, D)`: the supremum is exact when refreshed, and lowered by shifting the biases,
+    """A finite set of inputs, rows `(N, D)`: the supremum is exact when refreshed.
 
-    which leaves the gate its sensitivity to the input.
+    It is lowered by turning the rows of U away from the inputs that drive furthest, and then by shifting the biases.
+    Shifted alone they would shut the gate for all inputs, so that a few may keep their large drive.
     """
 
     def __init__(self, table: Callable[[], Tensor]) -> None:
         self.table = table
         self.values: Tensor | None = None
+        self.furthest: Tensor | None = None
 
     def refresh(self, weight: Tensor) -> None:
-        self.values = torch.stack([(rows.to(weight) @ weight.t()).amax(0) for rows in self.table().split(4096)]).amax(0)
+        """Find for each unit the input that drives it furthest, and how far."""
+        parts = []
+        for rows in self.table().split(4096):
+            rows = rows.to(weight)
+            values, found = (rows @ weight.t()).max(0)
+            parts.append((values, rows[found]))
+        self.values, part = torch.stack([values for values, _ in parts]).max(0)
+        self.furthest = torch.stack([rows for _, rows in parts])[part, torch.arange(len(part), device=part.device)]
+
+    def turn_(self, weight: Tensor, biases: tuple[Tensor, Tensor], excess: Tensor) -> None:
+        """Move to the nearest U and b at which the input found to drive furthest does so by `excess` less; refresh."""
+        assert self.furthest is not None
+        step = excess.clamp_min(0) / (self.furthest.square().sum(1) + 2)
+        weight -= step.unsqueeze(1) * self.furthest
+        for bias in biases:
+            bias -= step
+        self.refresh(weight)
 
     def highest(self, weight: Tensor) -> Tensor:
         if self.values is None:
@@ -456,8 +476,24 @@ class _Rows(_Policy):
     @_wide
     def project(self) -> None:
         check_finite(*self.layer.weights)
-        self.drive.refresh(self._gate_parameters()[0])
+        self.norm = self.norm.to(self.layer.weight_hh)
+        weight, biases = self._gate_parameters()
+        self.drive.refresh(weight)
+        if isinstance(self.drive, _TableDrive) and biases is not None:
+            self._turn(self.drive, weight, biases)
         self._keep()
+
+    def _turn(self, drive: _TableDrive, weight: Tensor, biases: tuple[Tensor, Tensor]) -> None:
+        """Turn the gate away from the inputs that drive it too far, one a unit and round; `_keep` does what is left."""
+        budget = self._budget()
+        hold_rows_(self.layer.weight_hh, budget, self.norm)
+        limit = torch.logit(budget.ceiling.clamp_min(SHUT))
+        for _ in range(TURNS):
+            highest, rows, _ = self._drive_and_rows()
+            excess = highest + rows - limit
+            if not bool((excess > DRIVE_TOLERANCE).any()):
+                return
+            drive.turn_(weight, biases, excess)
 
     @torch.no_grad()
     @_wide
@@ -507,13 +543,16 @@ class _CoupledRows(_Rows):
     def _keep_reference(self) -> None:
         self._merge()
         super()._keep_reference()
-        for i, f in self._gates():
-            torch.neg(f, out=i)
+        self._copy()
 
     @torch.no_grad()
     def project(self) -> None:
         self._merge()
         super().project()
+
+    def _turn(self, drive: _TableDrive, weight: Tensor, biases: tuple[Tensor, Tensor]) -> None:
+        super()._turn(drive, weight, biases)
+        self._copy()
 
     def _gates(self) -> list[tuple[Tensor, Tensor]]:
         """Rows of the input and of the forget gate, in all weights and biases."""
@@ -525,6 +564,10 @@ class _CoupledRows(_Rows):
         """Half the difference of the two gates' rows goes to f, its negative to i: the nearest tied rows."""
         for i, f in self._gates():
             f.sub_(i).div_(2)
+        self._copy()
+
+    def _copy(self) -> None:
+        for i, f in self._gates():
             torch.neg(f, out=i)
 
 
