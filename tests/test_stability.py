@@ -29,7 +29,16 @@ from unrecurrent.projections import (
     first_basis,
     project_rows_,
 )
-from unrecurrent.stability import Constraint, StableGRU, StableLSTM, StableRNN, _BoxDrive, _TableDrive, stabilize
+from unrecurrent.stability import (
+    Constraint,
+    StableGRU,
+    StableLSTM,
+    StableRNN,
+    _BoxDrive,
+    _TableDrive,
+    _turned,
+    stabilize,
+)
 
 
 def large(module, factor=4.0):
@@ -146,23 +155,24 @@ def test_compiled_drive_agrees_with_its_reference():
     assert (drive.highest(compiled[0]) + compiled[1] + compiled[2] <= room + 2e-5).all()
 
 
-def test_a_gate_is_turned_away_from_the_input_that_drives_it_furthest():
-    """By the nearest change: along that input, by no more than takes the excess off."""
+def test_a_gate_is_turned_away_from_the_inputs_that_drive_it_furthest():
+    """From one by the nearest change: along that input, by no more than takes the excess off."""
     torch.manual_seed(0)
-    table = torch.randn(40, 6)
+    table = torch.randn(5000, 6)
     drive, weight = _TableDrive(lambda: table), torch.randn(5, 6)
-    biases = (torch.randn(5), torch.randn(5))
-    before = [weight.clone(), *(bias.clone() for bias in biases)]
-    drive.refresh(weight)
-    furthest = table[(table @ weight.t()).argmax(0)]
-    assert torch.equal(drive.furthest, furthest)
+    values, places = drive._furthest(weight, 3)
+    torch.testing.assert_close(values, (weight @ table.t()).sort(descending=True).values[:, :3])
+    torch.testing.assert_close((table[places] * weight.unsqueeze(1)).sum(2), values)
+    furthest = table[places[:, :1]]
     excess = torch.tensor([1.0, 0.5, 0.0, -2.0, 4.0])
-    drive.turn_(weight, biases, excess)
-    sums = [(furthest * w).sum(1) + b + c for w, b, c in (before, (weight, *biases))]
-    torch.testing.assert_close(sums[0] - sums[1], excess.clamp_min(0))
-    step = before[1] - biases[0]
-    torch.testing.assert_close(before[0] - weight, step.unsqueeze(1) * furthest)
-    torch.testing.assert_close(before[2] - biases[1], step)
+    turned, shift = _turned(weight, furthest, values[:, 0] - excess)
+    torch.testing.assert_close(values[:, 0] - (furthest[:, 0] * turned).sum(1) + 2 * shift, excess.clamp_min(0))
+    torch.testing.assert_close(weight - turned, shift.unsqueeze(1) * furthest[:, 0])
+    biases, room = (torch.randn(5), torch.randn(5)), torch.tensor([2.0, 2.0, 2.0, 2.0, 50.0])
+    before = weight[4].clone()
+    drive.turn_(weight, biases, room)
+    assert (drive.values + biases[0] + biases[1] <= room + 0.05).all()
+    assert torch.equal(weight[4], before)
     torch.testing.assert_close(drive.values, (table @ weight.t()).amax(0))
 
 

@@ -66,8 +66,8 @@ FIRST_FIT = 30
 # The smallest ceiling of a gate that is told from a gate that is shut.
 SHUT = 1e-30
 DRIVE_ROUNDS = 8
-# How often a gate is turned away from the inputs that drive it furthest, each time all of them are read.
-TURNS = 4
+# How often all inputs are read to turn gates away from those that drive them furthest, and of how many how often.
+READINGS, WORST, TURNS = 2, 32, 64
 # What the rows of the gate that keeps the state are taken to sum up to where they have to be cut down anyway, and the
 # rounding of its arguments.
 LIKELY_ROWS = 1.0
@@ -199,25 +199,37 @@ class _TableDrive(_Drive):
     def __init__(self, table: Callable[[], Tensor]) -> None:
         self.table = table
         self.values: Tensor | None = None
-        self.furthest: Tensor | None = None
 
     def refresh(self, weight: Tensor) -> None:
-        """Find for each unit the input that drives it furthest, and how far."""
-        parts = []
-        for rows in self.table().split(4096):
-            rows = rows.to(weight)
-            values, found = (rows @ weight.t()).max(0)
-            parts.append((values, rows[found]))
-        self.values, part = torch.stack([values for values, _ in parts]).max(0)
-        self.furthest = torch.stack([rows for _, rows in parts])[part, torch.arange(len(part), device=part.device)]
+        self.values = self._furthest(weight, 1)[0][:, 0]
 
-    def turn_(self, weight: Tensor, biases: tuple[Tensor, Tensor], excess: Tensor) -> None:
-        """Move to the nearest U and b at which the input found to drive furthest does so by `excess` less; refresh."""
-        assert self.furthest is not None
-        step = excess.clamp_min(0) / (self.furthest.square().sum(1) + 2)
-        weight -= step.unsqueeze(1) * self.furthest
-        for bias in biases:
-            bias -= step
+    def _furthest(self, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` inputs that drive each unit furthest, fewer if there are fewer: how far `(H, ·)`, and which."""
+        found: list[tuple[Tensor, Tensor]] = []
+        begin = 0
+        for rows in self.table().split(4096):
+            values, places = (weight @ rows.to(weight).t()).topk(min(count, len(rows)))
+            found.append((values, begin + places))
+            begin += len(rows)
+        values, places = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        values, best = values.topk(min(count, values.shape[1]))
+        return values, places.gather(1, best)
+
+    def turn_(self, weight: Tensor, biases: tuple[Tensor, Tensor], room: Tensor) -> None:
+        """Turn the rows of U away from inputs that drive them further than `room` allows, the worst of each first.
+
+        Each time to the nearest U and b at which that input does so no longer. All inputs are read once for so many of
+        the worst that few are left over.
+        """
+        for _ in range(READINGS):
+            values, places = self._furthest(weight, WORST)
+            units = (values[:, 0] + _total(biases) > room + DRIVE_TOLERANCE).nonzero().squeeze(-1)
+            if not len(units):
+                break
+            inputs = self.table()[places[units]].to(weight)
+            weight[units], shift = _turned(weight[units], inputs, (room - _total(biases))[units])
+            for bias in biases:
+                bias[units] -= shift
         self.refresh(weight)
 
     def highest(self, weight: Tensor) -> Tensor:
@@ -232,6 +244,21 @@ class _TableDrive(_Drive):
         excess = (self.highest(weight) + _total(biases) - room).clamp_min(0)
         for bias in biases:
             bias -= excess / 2
+
+
+def _turned(rows: Tensor, inputs: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `(N, D)` that inputs `(N, K, D)` drive no further than `room`, and how much lower each bias is."""
+    shift, norms = torch.zeros_like(room), inputs.square().sum(2) + 2
+    for _ in range(TURNS):
+        excess, worst = ((inputs @ rows.unsqueeze(2)).squeeze(2) - 2 * shift.unsqueeze(1)).max(1)
+        excess = (excess - room).clamp_min(0)
+        if not bool(excess.any()):
+            break
+        each = torch.arange(len(rows), device=rows.device)
+        step = excess / norms[each, worst]
+        rows = rows - step.unsqueeze(1) * inputs[each, worst]
+        shift = shift + step
+    return rows, shift
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,16 +511,11 @@ class _Rows(_Policy):
         self._keep()
 
     def _turn(self, drive: _TableDrive, weight: Tensor, biases: tuple[Tensor, Tensor]) -> None:
-        """Turn the gate away from the inputs that drive it too far, one a unit and round; `_keep` does what is left."""
+        """Turn the gate away from the inputs that drive it too far; `_keep` takes what is left from the biases."""
         budget = self._budget()
         hold_rows_(self.layer.weight_hh, budget, self.norm)
-        limit = torch.logit(budget.ceiling.clamp_min(SHUT))
-        for _ in range(TURNS):
-            highest, rows, _ = self._drive_and_rows()
-            excess = highest + rows - limit
-            if not bool((excess > DRIVE_TOLERANCE).any()):
-                return
-            drive.turn_(weight, biases, excess)
+        _, rows, margin = self._drive_and_rows()
+        drive.turn_(weight, biases, torch.logit(budget.ceiling.clamp_min(SHUT)) - rows - margin)
 
     @torch.no_grad()
     @_wide
