@@ -112,7 +112,7 @@ COPY = ("train", "copy:T=5", "--model", "lstm", "--out", "x")
             "epochs must be positive and finite",
         ),
         ((*COPY, "--seed", 10**23), "seed must be smaller than"),
-        ((*COPY, "--device", "meta"), "there is no device 'meta'"),
+        ((*COPY, "--device", "meta"), "the device 'meta' cannot be used here"),
         (
             ("train", "copy:T=5", "--model", "lstm", "--out", "x", "--parameters", 0),
             "parameters must be a whole number",

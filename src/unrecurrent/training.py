@@ -552,7 +552,7 @@ def find_device(name: str | torch.device) -> torch.device:
     try:  # only torch knows what it can compute on here, and it has no one error for what it cannot
         torch.ones((), device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise InputError(f"the device {str(device)!r} cannot be used here ({reason}): train on cpu") from error
     return device
 
