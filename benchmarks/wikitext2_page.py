@@ -309,10 +309,9 @@ def without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], 
 def settings_of(rows: dict[str, Record]) -> str:
     """Return the section on how rows were built and trained: what is usual once, then where each differs."""
     every = {row: settings_but(r, "seed") for row, r in rows.items()}  # a row is trained from several
-    common = set.intersection(*(set(own) for own in every.values()))
-    usual = {
-        key: statistics.mode(own[key] for own in every.values()) for key in next(iter(every.values())) if key in common
-    }
+    first, *others = every.values()
+    common = [key for key in first if all(key in own for own in others)]
+    usual = {key: statistics.mode(own[key] for own in every.values()) for key in common}
     lines = [f"- unless said, own settings apart: {listed(usual)}"]
     for row, own in every.items():
         differs = {key: value for key, value in own.items() if key not in usual or usual[key] != value}

@@ -1019,7 +1019,7 @@ def check_recurrent(layer: nn.Module, name: str = "") -> None:
         raise InputError(f"{label} has proj_size={layer.proj_size}: give an LSTM without a projection")
     if is_replaced(layer):
         raise InputError(f"{label} has methods of its own, of which its weights say nothing: give the plain layer")
-    if any(isinstance(value, Tensor) and name.startswith(("weight", "bias")) for name, value in vars(layer).items()):
+    if any(isinstance(value, Tensor) and key.startswith(("weight", "bias")) for key, value in vars(layer).items()):
         raise InputError(
             f"{label} has weights that a hook makes anew in each call (weight_norm, spectral_norm): remove it, or use"
             " torch.nn.utils.parametrizations"

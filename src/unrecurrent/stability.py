@@ -223,9 +223,10 @@ class _TableDrive(_Drive):
         """
         for _ in range(READINGS):
             values, places = self._furthest(weight, WORST)
-            units = (values[:, 0] + _total(biases) > room + DRIVE_TOLERANCE).nonzero().squeeze(-1)
+            self.values = values[:, 0]
+            units = (self.values + _total(biases) > room + DRIVE_TOLERANCE).nonzero().squeeze(-1)
             if not len(units):
-                break
+                return
             inputs = self.table()[places[units]].to(weight)
             weight[units], shift = _turned(weight[units], inputs, (room - _total(biases))[units])
             for bias in biases:
