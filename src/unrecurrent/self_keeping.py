@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from unrecurrent.errors import InputError, as_number
+from unrecurrent.stock import is_traced
 
 # Held is a rate this share of 1 − λ below the one asked for, so that `certify`, which iterates, finds at most λ.
 MARGIN = 1e-3
@@ -102,8 +103,7 @@ class SelfKeeping(nn.Module):
 
         An exported program changes no weights, and neither does `torch.func.functional_call` those it is given.
         """
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not traced and all(isinstance(p, nn.Parameter) for p in self._parameters.values() if p is not None):
+        if not is_traced() and all(isinstance(p, nn.Parameter) for p in self._parameters.values() if p is not None):
             self.keep()
 
     def project(self) -> None:

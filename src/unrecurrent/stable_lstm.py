@@ -18,6 +18,7 @@ from unrecurrent.errors import InputError, as_number, is_whole
 from unrecurrent.feasible import ScaledGate, fit_norm_, highest_ceiling, hold_rows_
 from unrecurrent.projections import HALF, check_finite, widened, write_back_
 from unrecurrent.self_keeping import SelfKeeping, check_norm, checked_rate, target
+from unrecurrent.stock import is_traced
 
 # The ceilings F̄ of a layer leave the candidate's rows between these shares of the rate: (λ − F̄) / (1 − F̄) = share · λ.
 CEILING_SHARES = (0.25, 0.75)
@@ -217,9 +218,8 @@ def _reference_gradients(
 def _is_plain(x: Tensor) -> bool:
     """Whether only ordinary operations will do: tracing, function transforms, forward-mode AD, autocast, modes."""
     return (
-        torch.compiler.is_compiling()
+        is_traced()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
         or type(x) not in (Tensor, nn.Parameter)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

@@ -9,6 +9,11 @@ _COMPUTING = {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "_slow_
 _HARMLESS = {*vars(nn.Module), "extra_repr", "reset_parameters", "flatten_parameters"} - _COMPUTING
 
 
+def is_traced() -> bool:
+    """Whether torch is writing down what runs, for inputs of other lengths too, rather than running it."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_stock(module: nn.Module) -> bool:
     """Whether a recurrent layer does what its weights say: torch's or the package's, nothing replaced, no hooks."""
     if not isinstance(module, nn.RNNBase) and not hasattr(module, "cell_kind"):

@@ -62,7 +62,7 @@ class _Features(nn.Module):
         return hidden.squeeze(1), cache
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.advance(inputs, self.init_cache(len(inputs)))[0]
+        return self.model.forward_hidden(inputs.long())
 
 
 class _WordLoss:

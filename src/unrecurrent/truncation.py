@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unrecurrent.engines import refuse_dropout
 from unrecurrent.errors import InputError, is_whole
-from unrecurrent.stock import is_stock
+from unrecurrent.stock import is_stock, is_traced
 
 State = tuple[Tensor, ...]
 
@@ -51,6 +51,9 @@ class Truncated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (T, B, H) for inputs (T, B, D); (B, T, ·) with `batch_first`, (T, ·) without a batch."""
         self._check(x)
+        steps = x.shape[1 if self.batch_first and x.dim() == 3 else 0]
+        if not is_traced() and steps <= self.receptive_field:
+            return self.module(x)[0]  # windows that all begin where x does are one pass of the module
         if x.dim() == 2:
             return self._advance(x[:, None], self.init_cache(1))[0].squeeze(1)
         return self.advance(x, self.init_cache(x.shape[0 if self.batch_first else 1]))[0]
@@ -71,7 +74,7 @@ class Truncated(nn.Module):
 
     def _advance(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
         """All steps at once, or in blocks that bound the memory."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_traced():
             return self._read(x, cache)
         count = max(1, _BLOCK_NUMBERS // (x.shape[1] * _weight(self.module, "weight_ih", 0).shape[0]))
         outputs = []

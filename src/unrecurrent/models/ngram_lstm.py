@@ -37,3 +37,7 @@ class NgramLSTM(SequenceModel):
     def advance_body(self, encoded: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         hidden, states = self.windows.advance(encoded, [cache[i : i + 2] for i in range(0, len(cache), 2)])
         return hidden, tuple(part for state in states for part in state)
+
+    def forward_hidden(self, inputs: Tensor) -> Tensor:
+        """The same without a cache to hand on: sequences no longer than k are one window each, read in one pass."""
+        return self.to_readout(self.windows(self.embedded(inputs)))

@@ -74,10 +74,6 @@ class Seq2Seq(SequenceModel):
     def init_cache(self, batch: int) -> Cache:
         return (torch.zeros(batch, 0, dtype=torch.int64, device=self.device),)
 
-    def _embedded(self, symbols: Tensor) -> Tensor:
-        assert self.embedding is not None
-        return self.input_dropout(self.embedding(symbols))
-
     def advance_hidden(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         if not cache:
             raise InputError(
@@ -92,7 +88,7 @@ class Seq2Seq(SequenceModel):
             return self._silence(inputs, inputs.shape[1]), (source,)
         lengths = source.shape[1] - (steps - 1).clamp_min(0)  # the separator is the last symbol read
         present = torch.arange(int(lengths.max()), device=source.device) < lengths[:, None]
-        memory = self.encode(self._embedded(source[:, : present.shape[1]]), present)
+        memory = self.encode(self.embedded(source[:, : present.shape[1]]), present)
         remembered = [part for attention in self.attentions() for part in attention.remember(memory)]
         hidden, after = self._write(_shifted(inputs, steps), (present, *remembered, *self.begin(len(inputs))))
         if bool((steps == steps[0]).all()):
@@ -107,7 +103,7 @@ class Seq2Seq(SequenceModel):
         present, rest = cache[0], cache[1:]
         count = 2 * len(self.attentions())
         sources = [rest[i : i + 2] for i in range(0, count, 2)]
-        hidden, state = self.decode(self._embedded(inputs), sources, present, rest[count:])
+        hidden, state = self.decode(self.embedded(inputs), sources, present, rest[count:])
         return self.narrow(hidden), (*cache[: 1 + count], *state)
 
 

@@ -85,9 +85,20 @@ class SequenceModel(nn.Module):
 
     def advance_hidden(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Read `T` more inputs from `cache`; return what `readout` reads, `(B, T, H)`, and the next cache."""
-        encoded = inputs if self.embedding is None else self.embedding(inputs)
-        hidden, cache = self.advance_body(self.input_dropout(encoded), cache)
-        return self.output_dropout(self.narrow(hidden)), cache
+        hidden, cache = self.advance_body(self.embedded(inputs), cache)
+        return self.to_readout(hidden), cache
+
+    def embedded(self, inputs: Tensor) -> Tensor:
+        """Return what the body reads, `(B, T, E)`."""
+        return self.input_dropout(inputs if self.embedding is None else self.embedding(inputs))
+
+    def to_readout(self, hidden: Tensor) -> Tensor:
+        """Return what `readout` reads for hidden features of the body."""
+        return self.output_dropout(self.narrow(hidden))
+
+    def forward_hidden(self, inputs: Tensor) -> Tensor:
+        """Return what `readout` reads, `(B, T, H)`, for whole sequences."""
+        return self.advance_hidden(inputs, self.init_cache(inputs.shape[0]))[0]
 
     def advance(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Read `T` more inputs from `cache`; return the `T` outputs and the next cache."""
@@ -96,7 +107,7 @@ class SequenceModel(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs `(B, T, outputs)` for whole sequences `(B, T)` or `(B, T, D)`."""
-        return self.advance(inputs, self.init_cache(inputs.shape[0]))[0]
+        return self.readout(self.forward_hidden(inputs))
 
     def step(self, inputs: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Return the output `(B, outputs)` for one more input `(B,)` or `(B, D)`, and the next cache."""
