@@ -117,6 +117,10 @@ COPY = ("train", "copy:T=5", "--model", "lstm", "--out", "x")
             ("train", "copy:T=5", "--model", "lstm", "--out", "x", "--parameters", 0),
             "parameters must be a whole number",
         ),
+        (
+            ("train", "copy:T=5", "--model", "lstm:hidden_size=3", "--out", "x", "--parameters", 900),
+            "give one of them",
+        ),
         (("compare", "copy:T=5", "--parameters", 0), "parameters must be a whole number"),
         (("certify", "no-such-folder"), "is no checkpoint"),
         (("certify", "no-such-folder", "--eps", -3), "eps must be a positive number"),

@@ -185,7 +185,7 @@ def test_bad_requests_are_one_sentence(text_task):
         ({"epochs": float("inf")}, "epochs must be positive and finite"),
         ({"epochs": "a"}, "epochs must be positive and finite"),
         ({"minutes": "a"}, "either epochs or a positive number of minutes"),
-        ({"parameters": 300}, r"comes within 2\.5% of 300 parameters"),
+        ({"parameters": 300}, r"comes within 2\.4% of 300 parameters"),
     ],
 )
 def test_values_of_the_wrong_kind_are_one_sentence(given, said, text_task):

@@ -180,6 +180,8 @@ def train(
     }
     training = replace(recipe.training, **{key: value for key, value in given.items() if value is not None})
     settings = {**recipe.settings, **contender.overrides}
+    if "hidden_size" in contender.overrides and parameters is not None:
+        raise InputError("--parameters says how wide the model is, and so does hidden_size: give one of them")
     if "hidden_size" not in settings:
         count = default_parameters(found) if parameters is None else parameters
         settings = match_parameters(contender.name, task_interface(found), settings, count)

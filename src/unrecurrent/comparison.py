@@ -31,8 +31,9 @@ from unrecurrent.training import task_interface
 from unrecurrent.verdict import Candidate, Verdict, decide
 from unrecurrent.worker import Job
 
-#: parameter counts of two models differ by at most this: each by at most half of it from the count asked for
+#: parameter counts of two models differ by at most this, if each is within `NEAR` of the count asked for
 TOLERANCE = 0.05
+NEAR = TOLERANCE / (2 + TOLERANCE)
 #: k* is the smallest context whose loss is within this fraction of the full one
 DELTA = 0.01
 #: the certified horizon is about changes of the hidden state of this size
@@ -168,8 +169,8 @@ def compare(
 ) -> Comparison:
     """Train models on a task at equal budget and say whether a recurrent one is needed.
 
-    Equal budget: every model gets the width whose parameter count comes nearest to `parameters` (within 2.5 %, and
-    any two models within 5 % of each other), the same number of epochs over the same data and, with `trials`, the
+    Equal budget: every model gets the width whose parameter count comes nearest to `parameters` (within 2.4 %, so that
+    any two models are within 5 % of each other), the same number of epochs over the same data and, with `trials`, the
     same drawn settings to choose from on validation data (a stable model takes over those of its unconstrained twin).
     Each is then trained from `seeds` seeds; test metric, speeds, peak memory and the truncation curve are measured;
     the verdict follows from them by the rules in `verdict.RULES`.
@@ -261,7 +262,7 @@ class _Session:
         if "hidden_size" in contender.overrides:
             raise InputError("hidden_size follows from the budget: give --parameters instead")
         interface = task_interface(self.task)
-        matched = match_parameters(contender.name, interface, settings, self.parameters, tolerance=TOLERANCE / 2)
+        matched = match_parameters(contender.name, interface, settings, self.parameters, NEAR)
         return replace(recipe, settings=matched)
 
     def affordable(self, contenders: Sequence[Contender], minutes: float) -> float:
