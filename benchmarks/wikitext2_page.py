@@ -47,8 +47,8 @@ rate that is proved, all while they train ([docs/stability.md](../../docs/stabil
 A row is made by `python benchmarks/wikitext2.py train ROW`, its words a second by `… speed ROW`, on the machine the
 record names; this page by `make results`.
 
-- *minutes*: the epochs times the fastest of them, training steps only (validation adds about a third); one thread,
-  beside another training.
+- *minutes*: the epochs times the fastest of them (where there is one, with the pauses it had), training steps only
+  (validation adds about a third); one thread, beside another training.
 - *valid*, *test*: means over the seeds, ± the standard deviation where there are two. All that follows is of seed 0.
 - *against its free twin*: the same settings and training, and no constraint. *article*: Miller 2018; its models have
   other sizes and settings.
