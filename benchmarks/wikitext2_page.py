@@ -192,9 +192,9 @@ def designed(done: dict[str, list[Record]]) -> str:
 #: the settings that are each model's own in the second table
 OWN = ("dropout", "input_dropout", "learning_rate", "recurrent_weight_decay")
 OWN_ABOUT = """Each model at the best of the settings tried, chosen on the validation data: dropout (inputs and outputs
-alike), learning rate, decay of the recurrent layers. All else is as in the price rows above, the first of those tried.
-A row is made by `python benchmarks/wikitext2.py train MODEL-dropoutA-lrB-decayC`. A model is compared with its free
-twin once both have tried the same.
+alike), learning rate and decay of the recurrent layers. The last of them was varied; all else is as in the price rows
+above, which are the first tried. A row is made by `python benchmarks/wikitext2.py train MODEL-dropoutA-lrB-decayC`. A
+model is compared with its free twin where both have tried the settings at which either is best.
 """
 
 
@@ -238,14 +238,14 @@ def own_of(record: Record) -> list[str]:
 def own_row(tried: list[Record], free: list[Record]) -> list[str]:
     """Return the line of one model, from what it and its free twin tried; the first of each is with shared settings."""
     best = best_of(tried)
-    alike = tried is not free and sorted(map(own_of, tried)) == sorted(map(own_of, free))
+    both_tried = own_of(best) in map(own_of, free) and own_of(best_of(free)) in map(own_of, tried)
     return [
         f"`{best['model']}`",
         *own_of(best),
         shown(best["valid_mean"]),
         f"**{best['mean']:.1f}**",
         shown(tried[0]["mean"]),
-        worse(best, best_of(free)) if alike else MISSING,
+        worse(best, best_of(free)) if both_tried and tried is not free else MISSING,
         shown(rounded_up(best["certified_rate"])),
         shown(best["certified_horizon"]),
         "; ".join(f"{', '.join(own_of(record))} ({record['valid_mean']:.1f})" for record in tried),
