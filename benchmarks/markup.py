@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from decimal import ROUND_CEILING, Context
 from html import escape
 from typing import NamedTuple
 
 #: what stands where there is no value
 MISSING = "–"
+UP = Context(prec=4, rounding=ROUND_CEILING)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -61,3 +63,8 @@ def drawing(width: float, height: float, parts: Iterable[str], label: str | None
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif"'
         f'{told}><rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
+
+
+def rounded_up(rate: float | None) -> str | None:
+    """Return a proved rate with four significant digits, never less than it is."""
+    return None if rate is None else f"{UP.create_decimal_from_float(rate):,f}"

@@ -8,9 +8,10 @@ With --check nothing is written; the exit code is 1 if a page is not what the re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import wikitext2_page
-from markup import MISSING, rough, table
+from markup import MISSING, rough, rounded_up, table
 from unrecurrent.files import write_text
 from unrecurrent.records import Record, read_records
 
@@ -62,6 +63,11 @@ def shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
+def cell(key: str, value: Any) -> str:
+    """Return a value of one column: what is proved is never shown as less than that."""
+    return shown(rounded_up(value) if key == "certified_rate" else value)
+
+
 def with_evidence(record: Record) -> Record:
     """Return a record beside what a parallel run showed about itself, where that is kept with it."""
     evidence = record.get("evidence")
@@ -72,7 +78,7 @@ def section(path: Path) -> str:
     """Return one file of records as a titled table with its commands below."""
     records = [with_evidence(record) for record in read_records(path)]
     used = {title: key for title, key in COLUMNS.items() if any(r.get(key) is not None for r in records)}
-    rows = [[shown(record.get(key)) for key in used.values()] for record in records]
+    rows = [[cell(key, record.get(key)) for key in used.values()] for record in records]
     commands = dict.fromkeys(f"`{r['command']}` ({r['machine']}; {r['date']}; {r['commit']})" for r in records)
     made = "\n".join(f"- {command}" for command in commands)
     return f"## {path.relative_to(RESULTS).with_suffix('')}\n\n{table(list(used), rows)}\n\nMade by\n\n{made}\n"

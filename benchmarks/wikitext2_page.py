@@ -8,13 +8,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from markup import MISSING, drawing, rough, table, text
+from markup import MISSING, drawing, rough, rounded_up, table, text
 from unrecurrent.recipes import twin
 from unrecurrent.records import Record, read_records
 from unrecurrent.training import with_defaults
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "wikitext-2"
 PAGE, FIGURE = FOLDER / "README.md", FOLDER / "price.svg"
+#: words of the vocabulary
+WORDS = 33_278
 #: the lengths the recurrent models of the tables are truncated to
 TRUNCATED = (5, 10, 20, 35, 64)
 #: test perplexities of the article, unconstrained and stable (Miller 2018; Miller and Hardt 2019, table 1)
@@ -41,17 +43,20 @@ INTRO = """# WikiText-2
 
 Next-word perplexity on the standard files (2,088,628 / 217,646 / 245,569 words, `<eos>` counted; 33,278 words, tied
 tables), normalised over the whole vocabulary in float32. Training normalises over a sample of the words
-(`sampled_words` in the settings below). `stable-` rows keep the conditions of Miller and Hardt, `certified-` rows a
-rate that is proved, all while they train ([docs/stability.md](../../docs/stability.md)).
+(`sampled_words` in the settings below). `stable-` rows are kept at the conditions of Miller and Hardt,
+`certified-` rows at a rate that is proved, while they train, and exactly at every checkpoint
+([docs/stability.md](../../docs/stability.md)).
 
 A row is made by `python benchmarks/wikitext2.py train ROW`, its words a second by `… speed ROW`, on the machine the
 record names; this page by `make results`.
 
-- *minutes*: the epochs times the fastest of them (where there is one, with the pauses it had), training steps only
-  (validation adds about a third); one thread, beside another training.
-- *valid*, *test*: means over the seeds, ± the standard deviation where there are two. All that follows is of seed 0.
-- *against its free twin*: the same settings and training, and no constraint. *article*: Miller 2018; its models have
-  other sizes and settings.
+- *minutes*: the epochs times the fastest of them (where there is one, with the pauses it had), training steps only; one
+  thread, beside another training.
+- *valid*, *test*: means over the seeds, ± the standard deviation where there are two, and so what is said against other
+  rows. What is proved, k\\*, the local rate, the cuts and the words a second are of seed 0.
+- *against its free twin*: the model without the constraint, same settings and training. `certified-lstm` and
+  `certified-lstm-coupled` have an input gate of 1 − f, which their twin `lstm` has not. *article*: Miller 2018; its
+  models have other sizes and settings.
 - *rate*, *horizon* (**proved**, for every text): in the norm of the certificate two states come closer by the rate with
   each word, and leaving out all words further back than the horizon changes the state by at most 0.01
   ([docs/certificates.md](../../docs/certificates.md)). Proved over the rows of the embedding table; behind a
@@ -59,11 +64,13 @@ record names; this page by `make results`.
 - *k\\** (**estimate**, 4,096 positions of the test text): the smallest of {lengths}
   and, of a feed-forward model, all it can see, such that the model that sees so many words only is within 1 % of its
   perplexity. *cut at k*: its test perplexity when it sees k words.
-- *local rate* (**estimate**): growth a word of small differences of the state over 16 words, the median over 64 states,
-  in the Euclidean norm. It may be above a rate that is proved in another norm.
+- *local rate* (**estimate**): the largest growth a word of a small difference of the state over 16 words, the median
+  over 64 states, in the Euclidean norm. It may be above a rate that is proved in another norm.
 - *recurrence, words/s*: the recurrent layers alone, one long text, two threads: step by step → by `run_parallel`.
-  *steps*: it found that the layer remembers too long and ran it step by step. †: timed before the steps of
-  `certified-lstm` were compiled; how fast they are now is in `results/stable_lstm_speed.json`.
+  *steps*: it found that the layer remembers too long and ran it step by step; the ratio is what looking cost. †: timed
+  before the steps of `certified-lstm` were compiled, so that no ratio is given; how fast they are now is in
+  `results/stable_lstm_speed.json`. `mingru` is parallel over time by itself.
+- ‡: minutes and speeds of a machine without AVX-512, to be compared with each other only.
 """
 
 
@@ -133,12 +140,11 @@ def main_row(row: str, done: dict[str, list[Record]], speed: Record | None) -> l
     cut = {r["k"]: r["mean"] for r in found[1:]}
     spread = "" if first["std"] is None else f" ± {first['std']:.1f}"
     comparable = first["table"] in ("one size", "feed-forward") and row != FREE
-    local = None if first["local_rate"] is None else f"{first['local_rate']:.3f}"
     return [
         f"`{row}`" + (f" ({first['variant']})" if first["variant"] else ""),
         shown(first["hidden_size"]),
         f"{first['params'] / 1e6:.2f} M",
-        shown(first["minutes"], 0),
+        minutes(first),
         shown(first["valid_mean"]),
         f"**{first['mean']:.1f}**{spread}",
         worse(first, free if comparable else None),
@@ -147,15 +153,19 @@ def main_row(row: str, done: dict[str, list[Record]], speed: Record | None) -> l
         shown(rounded_up(first["certified_rate"])),
         shown(first["certified_horizon"]),
         shown(first["k_star"]),
-        shown(local),
+        shown(first["local_rate"], 3),
         *(shown(cut.get(k)) for k in TRUNCATED),
         words_a_second(speed),
     ]
 
 
-def rounded_up(rate: float | None) -> str | None:
-    """Return a proved rate with four digits, never less than it is."""
-    return None if rate is None else f"{math.ceil(rate * 10_000) / 10_000:.4f}"
+def minutes(first: Record) -> str:
+    return shown(first["minutes"], 0) + machine(first)
+
+
+def machine(record: Record) -> str:
+    """Return the mark of the slower of the two machines that the rows were made on."""
+    return "" if "AVX512" in record["machine"] else "‡"
 
 
 def words_a_second(speed: Record | None) -> str:
@@ -163,32 +173,50 @@ def words_a_second(speed: Record | None) -> str:
     if speed is None:
         return MISSING
     parallel = speed["recurrence_tokens_per_s"]
-    older = "†" if speed["model"] == "certified-lstm" and speed["date"] < COMPILED_STEPS else ""
+    old_steps = speed["model"] == "certified-lstm" and speed["date"] < COMPILED_STEPS
+    dagger, ratio = ("†", "") if old_steps else ("", f"{speed['mean']:.2g} ×")
     if not speed["warmup"]:
-        return f"{rough(parallel)}{older} (steps)"
-    return f"{rough(parallel / speed['mean'])}{older} → {rough(parallel)} ({speed['mean']:.1f} ×)"
+        return f"{rough(parallel)}{dagger}{machine(speed)} (steps{', ' if ratio else ''}{ratio})"
+    steps = f"{rough(parallel / speed['mean'])}{dagger}"
+    return f"{steps} → {rough(parallel)}{machine(speed)}{f' ({ratio})' if ratio else ''}"
+
+
+def of_first_seed(record: Record) -> Record:
+    return record | {"mean": record.get("first_seed", record["mean"])}
+
+
+def beside_words(record: Record) -> str:
+    """Return the number of parameters beside the table of words and its biases."""
+    return f"{(record['params'] - WORDS * (record['settings']['embedding_size'] + 1)) / 1e6:.2f} M"
 
 
 def designed(done: dict[str, list[Record]]) -> str:
-    """Return what the designed row owes to its convolution, as far as that is known."""
+    """Return what the designed row owes to its convolution and its size, as far as that is known."""
     about = (
-        f"`{DESIGNED}` is designed to win: a certified recurrence couples its units less, so its state is wider at as\n"
-        "many parameters, and a gated convolution reads each word together with the one before."
+        f"`{DESIGNED}` is designed to win: one gate less and the 5 % by which sizes may differ pay for a wider state,\n"
+        "and a gated convolution reads each word together with the one before."
     )
-    if not {DESIGNED, RIVAL} <= set(done):
+    if not {FREE, DESIGNED, RIVAL} <= set(done):
         return f"{about}\nHow much of its gain is the convolution's is not known: `{RIVAL}` is not trained.\n"
+    free, ours, rival = (of_first_seed(done[row][0]) for row in (FREE, DESIGNED, RIVAL))
     alone = [
-        f"of `{row}` by {worse(done[f'{row}-front'][0], done[row][0])}"
+        f"of `{row}` by {worse(of_first_seed(done[f'{row}-front'][0]), of_first_seed(done[row][0]))}"
         for row in (FREE, "certified-lstm")
         if {row, f"{row}-front"} <= set(done)
     ]
-    by_itself = f"The convolution by itself changes the perplexity {' and '.join(alone)}.\n" if alone else ""
     return (
-        f"{about}\nAgainst `{RIVAL}`, free and with that convolution: {worse(done[DESIGNED][0], done[RIVAL][0])}.\n"
-        f"{by_itself}"
+        f"{about} Beside the table of words it has {beside_words(ours)}\nparameters, `{RIVAL}` {beside_words(rival)}"
+        f" and `{FREE}` {beside_words(free)}. Against `{RIVAL}`, free and with that convolution:"
+        f" {worse(ours, rival)} (seed 0 of each).\n"
+        f"The convolution by itself changes the perplexity {' and '.join(alone)}.\n"
+        "All of this is with the settings that all rows share; a decay of the recurrent layers, further below, helps\n"
+        "a free LSTM more than a certified one.\n"
     )
 
 
+RNNS = """The three RNNs start half of their units as leaky sums, are read through a matrix that starts as 4 I, and
+their recurrent layers learn at a quarter of the rate ([docs/decisions.md](../../docs/decisions.md)).
+"""
 #: the settings that are each model's own in the second table
 OWN = ("dropout", "input_dropout", "learning_rate", "recurrent_weight_decay")
 OWN_ABOUT = """Each model at the best of the settings tried, chosen on the validation data: dropout (inputs and outputs
@@ -222,9 +250,9 @@ def best_of(tried: list[Record]) -> Record:
 
 
 OWN_HEADER = [
-    "model", "dropout", "learning rate", "decay of the layers", "valid", "test", "test, shared settings",
-    "against its free twin at its own best",
-    "rate (proved)", "horizon 10⁻² (proved)", "tried (valid)",
+    "model", "dropout", "learning rate", "decay of the layers", "minutes", "valid", "test", "test, shared settings",
+    "against its free twin at its own best", "the same, shared settings",
+    "rate (proved)", "horizon 10⁻² (proved)", "k* (estimate)", "local rate (estimate)", "tried (valid)",
 ]  # fmt: skip
 
 
@@ -242,12 +270,16 @@ def own_row(tried: list[Record], free: list[Record]) -> list[str]:
     return [
         f"`{best['model']}`",
         *own_of(best),
+        minutes(best),
         shown(best["valid_mean"]),
         f"**{best['mean']:.1f}**",
         shown(tried[0]["mean"]),
         worse(best, best_of(free)) if both_tried and tried is not free else MISSING,
+        worse(tried[0], free[0]) if both_tried and tried is not free else MISSING,
         shown(rounded_up(best["certified_rate"])),
         shown(best["certified_horizon"]),
+        shown(best["k_star"]),
+        shown(best["local_rate"], 3),
         "; ".join(f"{', '.join(own_of(record))} ({record['valid_mean']:.1f})" for record in tried),
     ]
 
@@ -287,7 +319,7 @@ def page() -> str:
         lines = [main_row(row, done, timed.get(row)) for row, _ in rows]
         parts.append(f"## {title}\n\n{table(*without_empty(HEADER, lines))}\n")
         if name == "one size":
-            parts.append(designed(done))
+            parts += [designed(done), RNNS]
         if name == "long":
             parts.append("".join(how_far(row, found[0]) for row, found in rows))
             (best, found), (last, other) = rows[0], rows[-1]
@@ -357,7 +389,7 @@ def figure() -> str | None:
 
     drawn = [
         text(LEFT, 24, "WikiText-2: test perplexity against the certified rate", size=16),
-        text(LEFT, 44, "256 units, three epochs; dashed: free or the paper's conditions; numbers: proved horizon"),
+        text(LEFT, 44, "256 units, three epochs; dashed: free, or the paper's conditions; numbers: horizon in words"),
     ]
     for level in (*range(100, 200, 10), *range(200, 500, 20)):
         if low <= math.log(level) <= high:
@@ -366,7 +398,9 @@ def figure() -> str | None:
     for rate in (0.8, 0.95, 0.98, 0.995):
         drawn.append(f'<path d="M{x(rate):.1f},{HEIGHT - BOTTOM} v6" stroke="black"/>')
         drawn.append(text(x(rate), HEIGHT - BOTTOM + 20, str(rate), anchor="middle"))
-    drawn.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "certified rate (proved)", anchor="middle"))
+    drawn.append(
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "certified rate (proved), by log(1 − rate)", anchor="middle")
+    )
     for model, points in curves.items():
         if points:
             line = " L".join(f"{x(rate):.1f},{y(mean):.1f}" for rate, mean, _ in points)

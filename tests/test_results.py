@@ -57,11 +57,11 @@ def test_own_settings_are_chosen_on_validation_and_compared_where_both_tried_the
         "c": own_row(stable, 0.1, 120.0, 49.0),
     }
     unlike = words_page.own_settings({**shared, **own})
-    assert "| `lstm` | 0.2 | 0.004 | 0 | 99.0 | **98.0** | 117.7 |" in unlike
+    assert "| `lstm` | 0.2 | 0.004 | 0 | 16‡ | 99.0 | **98.0** | 117.7 |" in unlike
     assert "%" not in unlike
     own["e"] = own_row(lstm, 0.3, 101.0, 80.0)  # no better, so that it need not be tried by both
     alike = words_page.own_settings({**shared, **own, "d": own_row(stable, 0.2, 130.0, 80.0)})
-    assert "| `stable-lstm` | 0.1 | 0.004 | 0 | 120.0 | **49.0** | 164.9 | -50.0 % |" in alike
+    assert "| `stable-lstm` | 0.1 | 0.004 | 0 | 14 | 120.0 | **49.0** | 164.9 | -50.0 % | +40.1 % |" in alike
 
 
 def test_own_settings_differ_in_nothing_else(words_page):

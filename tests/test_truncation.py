@@ -82,12 +82,60 @@ def test_pieces_give_the_same_numbers_and_gradients(module, piece, k):
     torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
 
 
-def test_layouts():
+@pytest.mark.parametrize("k", [4, 20])
+def test_layouts(k):
     module = nn.GRU(3, 5, batch_first=True)
     x = torch.randn(2, 20, 3)
-    y = truncate(module, 4)(x)
+    y = truncate(module, k)(x)
     assert y.shape == (2, 20, 5)
-    torch.testing.assert_close(truncate(module, 4)(x[0]), y[0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(truncate(module, k)(x[0]), y[0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(y.transpose(0, 1), windowed_reference(_time_first(module), x.transpose(0, 1), k))
+
+
+def _time_first(module):
+    twin = copy.deepcopy(module)
+    twin.batch_first = False
+    return twin
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func's own
+@pytest.mark.parametrize("k", [3, 9])  # shorter than the sequences, and longer
+def test_transforms_of_functions_do_not_depend_on_the_length(module, k):
+    feedforward, x = truncate(module, k), torch.randn(4, 6, 2, 3)
+    torch.testing.assert_close(torch.func.vmap(feedforward)(x), torch.stack([feedforward(part) for part in x]))
+    jacobian = torch.autograd.functional.jacobian
+    slopes = jacobian(feedforward, x[0])
+    torch.testing.assert_close(jacobian(feedforward, x[0], vectorize=True), slopes)
+    _, forward = torch.func.jvp(feedforward, (x[0],), (x[1],))
+    torch.testing.assert_close(forward, torch.einsum("tbhuvw,uvw->tbh", slopes, x[1]), atol=1e-5, rtol=1e-5)
+    halved = {name: parameter / 2 for name, parameter in feedforward.named_parameters()}
+    wanted = truncate(_halved(module), k)(x[0])
+    torch.testing.assert_close(torch.func.functional_call(feedforward, halved, (x[0],)), wanted)
+
+
+def _halved(module):
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.div_(2)
+    return twin
+
+
+@pytest.mark.parametrize("k", [3, 9])
+def test_a_layer_that_keeps_itself_stable_does_so_here_too(k):
+    module, x = StableLSTM(3, 5), torch.randn(6, 2, 3)
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(100)
+    feedforward = truncate(copy.deepcopy(module), k)
+    torch.testing.assert_close(feedforward(x), windowed_reference(module, x, k), atol=2e-6, rtol=0)
+
+
+def test_a_hook_that_comes_later_acts_at_no_length():
+    module, x = nn.GRU(3, 5), torch.randn(6, 2, 3)
+    feedforward = truncate(module, 9)
+    before = feedforward(x)
+    module.register_forward_hook(lambda module, given, answer: (2 * answer[0], answer[1]))
+    torch.testing.assert_close(feedforward(x), before, atol=2e-6, rtol=0)
 
 
 def test_shares_its_parameters_and_copies_apart():
@@ -117,8 +165,9 @@ def test_certified_horizon_is_long_enough(make):
 TIME = {"x": {0: torch.export.Dim("T", min=2)}}
 
 
-def test_exports_with_a_dynamic_time_axis(module):
-    feedforward, other = truncate(module, 3).eval(), torch.randn(29, 2, 3)
+@pytest.mark.parametrize("k", [3, 12])
+def test_exports_with_a_dynamic_time_axis(module, k):
+    feedforward, other = truncate(module, k).eval(), torch.randn(29, 2, 3)
     program = torch.export.export(feedforward, (torch.randn(11, 2, 3),), dynamic_shapes=TIME)
     torch.testing.assert_close(program.module()(other), feedforward(other), atol=2e-6, rtol=0)
 

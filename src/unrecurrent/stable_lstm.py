@@ -18,7 +18,7 @@ from unrecurrent.errors import InputError, as_number, is_whole
 from unrecurrent.feasible import ScaledGate, fit_norm_, highest_ceiling, hold_rows_
 from unrecurrent.projections import HALF, check_finite, widened, write_back_
 from unrecurrent.self_keeping import SelfKeeping, check_norm, checked_rate, target
-from unrecurrent.stock import is_traced
+from unrecurrent.stock import is_transformed
 
 # The ceilings F̄ of a layer leave the candidate's rows between these shares of the rate: (λ − F̄) / (1 − F̄) = share · λ.
 CEILING_SHARES = (0.25, 0.75)
@@ -111,7 +111,8 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_results: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: these gradients are to be differentiated again
+        # These gradients are to be differentiated again (create_graph=True), or asked for many at once.
+        if torch.is_grad_enabled() or any(map(is_transformed, d_results)):
             return _reference_gradients(ctx.saved_tensors[:7], ctx.needs_input_grad, d_results)
         d_outputs, d_last = d_results
         x, weight_ih, weight_hh, bias, ceiling, h0, _, gates, squashed, outputs, cells = ctx.saved_tensors
@@ -209,22 +210,15 @@ def _backward_through_time(
 def _reference_gradients(
     inputs: Sequence[Tensor | None], needed: Sequence[bool], d_results: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients through `reference`, as functions that can be differentiated again."""
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
-    gradients = iter(torch.autograd.grad(reference(*inputs), wanted, d_results, create_graph=True))  # type: ignore[arg-type]
-    return tuple(next(gradients) if need and t is not None else None for t, need in zip(inputs, needed, strict=True))
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether only ordinary operations will do: tracing, function transforms, forward-mode AD, autocast, modes."""
-    return (
-        is_traced()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in (Tensor, nn.Parameter)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(x.device.type)
+    """The gradients through `reference`, as functions that can be differentiated again where gradients are on."""
+    again, wanted = (
+        torch.is_grad_enabled(),
+        [t for t, need in zip(inputs, needed, strict=True) if need and t is not None],
     )
+    with torch.enable_grad():
+        results = reference(*inputs)  # type: ignore[arg-type]
+    gradients = iter(torch.autograd.grad(results, wanted, d_results, create_graph=again))
+    return tuple(next(gradients) if need and t is not None else None for t, need in zip(inputs, needed, strict=True))
 
 
 class StableLSTM(SelfKeeping):
@@ -408,7 +402,7 @@ class StableLSTM(SelfKeeping):
 
     def _run(self, x: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All layers over `(T, B, D)`: outputs, and h and c of each layer at the end."""
-        plain, h_last, c_last = _is_plain(x), [], []
+        plain, h_last, c_last = is_transformed(x), [], []
         for k in range(self.num_layers):
             if k and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)

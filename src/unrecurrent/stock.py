@@ -1,7 +1,7 @@
-"""Whether a recurrent layer does what its weights say, or has had something of one's own put in their place."""
+"""Whether a layer does what its weights say, nothing of one's own in their place, and is run rather than rewritten."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 #: the methods of a module by which it computes
 _COMPUTING = {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward"}
@@ -12,6 +12,19 @@ _HARMLESS = {*vars(nn.Module), "extra_repr", "reset_parameters", "flatten_parame
 def is_traced() -> bool:
     """Whether torch is writing down what runs, for inputs of other lengths too, rather than running it."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether only ordinary operations will do: tracing, function transforms, forward-mode AD, autocast, modes."""
+    return (
+        is_traced()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.is_legacy_batchedtensor(x)
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def is_stock(module: nn.Module) -> bool:

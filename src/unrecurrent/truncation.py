@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from unrecurrent.engines import refuse_dropout
 from unrecurrent.errors import InputError, is_whole
-from unrecurrent.stock import is_stock, is_traced
+from unrecurrent.self_keeping import SelfKeeping
+from unrecurrent.stock import is_stock, is_traced, is_transformed
 
 State = tuple[Tensor, ...]
 
@@ -32,7 +33,8 @@ class Truncated(nn.Module):
     """A recurrent stack without recurrence: y_t = h_t of the last layer, started from zeros k inputs back.
 
     Made by `truncate`. It shares the parameters of `module`, so training one trains the other. `receptive_field` is k.
-    Three views give the same numbers: `forward` on whole sequences; from `init_cache`, which is k partial windows, so
+    Three views give the same numbers: `forward` on whole sequences (those no longer than k are one pass of `module`,
+    since all their windows begin where they do); from `init_cache`, which is k partial windows, so
     that each input is read once, `advance` on their pieces and `step` on one input after the other.
     """
 
@@ -52,7 +54,7 @@ class Truncated(nn.Module):
         """Outputs (T, B, H) for inputs (T, B, D); (B, T, ·) with `batch_first`, (T, ·) without a batch."""
         self._check(x)
         steps = x.shape[1 if self.batch_first and x.dim() == 3 else 0]
-        if not is_traced() and steps <= self.receptive_field:
+        if not is_transformed(x) and steps <= self.receptive_field and is_stock(self.module):
             return self.module(x)[0]  # windows that all begin where x does are one pass of the module
         if x.dim() == 2:
             return self._advance(x[:, None], self.init_cache(1))[0].squeeze(1)
@@ -67,10 +69,15 @@ class Truncated(nn.Module):
         return y.transpose(0, 1), cache
 
     def _check(self, x: Tensor, dims: tuple[int, ...] = (2, 3)) -> None:
-        refuse_dropout(self.module)
+        self._prepare()
         width = self.module.input_size
         if x.dim() not in dims or x.shape[-1] != width or not x.numel():
             raise InputError(f"x has shape {tuple(x.shape)}: give (T, B, {width}) or (T, {width}), not empty")
+
+    def _prepare(self) -> None:
+        refuse_dropout(self.module)
+        if isinstance(self.module, SelfKeeping):
+            self.module.keep_before_use()  # as its own forward would: weights are read past it here
 
     def _advance(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
         """All steps at once, or in blocks that bound the memory."""
@@ -141,7 +148,7 @@ class Truncated(nn.Module):
 
     def step(self, x: Tensor, cache: list[State]) -> tuple[Tensor, list[State]]:
         """The output (B, H) after one more input (B, D), and the new cache: each window grows by x, the oldest goes."""
-        refuse_dropout(self.module)
+        self._prepare()
         states = self._step(self._drive(0, x), cache)
         return states[-1][-1][-1], [
             tuple(nn.functional.pad(part[:-1], (0, 0, 0, 0, 1, 0)) for part in state) for state in states
