@@ -516,16 +516,6 @@ class Certificate:
         """Bounds on |state|, component by component (state_size,): layer 0 first, of each layer c before h."""
         return self._cell().invariant()
 
-    @property
-    def weights(self) -> Tensor | None:
-        """The v > 0 (state_size,) of the best componentwise proof, with T(v) ≤ rate · v; None where there is none.
-
-        None too where its entries are too far apart to be divided by each other in float64.
-        """
-        found = [p for p in self.proofs if p.contracts and p.method == "componentwise"]
-        best = min(found, key=lambda proof: proof.rate).weights if found else None
-        return None if best is None or math.isinf(float(best.max() / best.min())) else best
-
     def flatten(self, hx: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """The module's own state, h or (h, c), as one vector a sequence (B, state_size); see `StateLayout.flatten`."""
         if self.layout is None:
