@@ -211,10 +211,8 @@ def _reference_gradients(
     inputs: Sequence[Tensor | None], needed: Sequence[bool], d_results: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """The gradients through `reference`, as functions that can be differentiated again where gradients are on."""
-    again, wanted = (
-        torch.is_grad_enabled(),
-        [t for t, need in zip(inputs, needed, strict=True) if need and t is not None],
-    )
+    again = torch.is_grad_enabled()
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
     with torch.enable_grad():
         results = reference(*inputs)  # type: ignore[arg-type]
     gradients = iter(torch.autograd.grad(results, wanted, d_results, create_graph=again))

@@ -34,8 +34,8 @@ class Truncated(nn.Module):
 
     Made by `truncate`. It shares the parameters of `module`, so training one trains the other. `receptive_field` is k.
     Three views give the same numbers: `forward` on whole sequences (those no longer than k are one pass of `module`,
-    since all their windows begin where they do); from `init_cache`, which is k partial windows, so
-    that each input is read once, `advance` on their pieces and `step` on one input after the other.
+    since all their windows begin where they do); from `init_cache`, which is k partial windows, so that each input is
+    read once, `advance` on their pieces and `step` on one input after the other.
     """
 
     def __init__(self, module: nn.Module, k: int) -> None:
