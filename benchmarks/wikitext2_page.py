@@ -266,7 +266,7 @@ def own_of(record: Record) -> list[str]:
 def own_row(tried: list[Record], free: list[Record]) -> list[str]:
     """Return the line of one model, from what it and its free twin tried; the first of each is with shared settings."""
     best = best_of(tried)
-    both_tried = own_of(best) in map(own_of, free) and own_of(best_of(free)) in map(own_of, tried)
+    comparable = tried is not free and own_of(best) in map(own_of, free) and own_of(best_of(free)) in map(own_of, tried)
     return [
         f"`{best['model']}`",
         *own_of(best),
@@ -274,8 +274,8 @@ def own_row(tried: list[Record], free: list[Record]) -> list[str]:
         shown(best["valid_mean"]),
         f"**{best['mean']:.1f}**",
         shown(tried[0]["mean"]),
-        worse(best, best_of(free)) if both_tried and tried is not free else MISSING,
-        worse(tried[0], free[0]) if both_tried and tried is not free else MISSING,
+        worse(best, best_of(free) if comparable else None),
+        worse(tried[0], free[0] if comparable else None),
         shown(rounded_up(best["certified_rate"])),
         shown(best["certified_horizon"]),
         shown(best["k_star"]),
